@@ -1,0 +1,89 @@
+"""Text as it will be printed: what cannot be seen or set is made visible before anything is signed.
+
+A signature covers what a person saw. So bidirectional controls, which reorder what is seen, other control characters,
+and characters without a glyph in the report fonts are shown as their code point, `[U+202E]`; nothing becomes an empty
+box, and nothing that carries meaning vanishes. Characters that carry no ink and no order are dropped.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from fontTools.ttLib import TTFont
+
+from storage.errors import ConfigurationError
+
+_INKLESS = frozenset("\u00ad\u034f\u200b\u200c\u200d\u2060\ufeff")
+"""Soft hyphen, joiners and zero-width spaces: neither ink nor order."""
+_VARIATION_SELECTORS = frozenset([*map(chr, range(0xFE00, 0xFE10)), *map(chr, range(0xE0100, 0xE01F0))])
+"""Ask for a variant of a glyph (UTS #37); the base character is what remains, as Unicode foresees."""
+_LINE_BREAKS = re.compile(r"\r\n|[\r\n\v\f\x85\u2028\u2029]")
+_UNBREAKABLE = re.compile(r"[!-~\u00a1-\u024f]{36}(?=[!-~\u00a1-\u024f])")
+_TAB = "    "
+
+
+@cache
+def covered_characters(fonts_dir: Path) -> frozenset[int]:
+    """Code points that every font in the folder can set (Regular and Bold must agree).
+
+    Raises ConfigurationError if there is no font: `yuanzhen assets` brings them.
+    """
+    paths = sorted(path for path in fonts_dir.glob("*") if path.suffix.lower() in {".otf", ".ttf"})
+    if not paths:
+        raise ConfigurationError(f"No report fonts (*.otf, *.ttf) in {fonts_dir}")
+    coverage: list[set[int]] = []
+    for path in paths:
+        with TTFont(path, lazy=True) as font:
+            coverage.append(set(font.getBestCmap()))
+    return frozenset(set.intersection(*coverage))
+
+
+def code_point(character: str) -> str:
+    """`[U+20BB7]` for 𠮷."""
+    return f"[U+{ord(character):04X}]"
+
+
+def _shown(character: str, covered: frozenset[int]) -> str:
+    if character in _INKLESS or character in _VARIATION_SELECTORS:
+        return ""
+    if character == "\t":
+        return _TAB
+    # Cc control, Cf format (all bidirectional controls), Cs lone surrogate; Co and Cn only if a font knows them.
+    if unicodedata.category(character) in {"Cc", "Cf", "Cs"} or ord(character) not in covered:
+        return code_point(character)
+    return character
+
+
+def printable(text: str, covered: frozenset[int]) -> str:
+    """One line of text as it will be printed; line breaks become spaces.
+
+    Runs of more than 36 Latin characters get a zero-width space, so that they wrap instead of leaving the page.
+    """
+    shown = "".join(_shown(c, covered) for c in _LINE_BREAKS.sub(" ", text)).strip()
+    return _UNBREAKABLE.sub(lambda match: match.group() + "\u200b", shown)
+
+
+def printable_lines(text: str, covered: frozenset[int]) -> list[str]:
+    """A text of many lines as they will be printed: leading blanks kept as no-break spaces, empty ends dropped."""
+    lines = []
+    for line in _LINE_BREAKS.split(text):
+        expanded = line.replace("\t", _TAB)
+        indent = len(expanded) - len(expanded.lstrip(" "))
+        lines.append("\u00a0" * min(indent, 24) + printable(expanded, covered))
+    while lines and not lines[-1].strip():
+        lines.pop()
+    while lines and not lines[0].strip():
+        lines.pop(0)
+    return [line if line.strip() else "" for line in lines]
+
+
+def unprintable(texts: Iterable[str], covered: frozenset[int]) -> list[str]:
+    """The characters that will be shown as code points, in order of first appearance: to warn before signing."""
+    seen: dict[str, None] = {}
+    for text in texts:
+        for character in _LINE_BREAKS.sub(" ", text):
+            if len(_shown(character, covered)) > 1 and character != "\t":
+                seen[character] = None
+    return list(seen)
