@@ -1,4 +1,4 @@
-"""The chest radiographs of Kermany et al. 2018 (CC BY 4.0) as arrays, split by patient, and the augmentation used on them.
+"""The chest radiographs of Kermany et al. 2018 (CC BY 4.0) as arrays, split by patient, and their augmentation.
 
 The two classes of this collection differ in ways that have nothing to do with lungs: the size of the JPEG file alone
 separates them with an AUC of about 0.9, the standard deviation of the pixels with about 0.7. So every training image

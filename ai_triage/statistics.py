@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+
 @dataclass(frozen=True)
 class Interval:
     """A figure with the bounds of its 95 % interval."""
@@ -39,9 +40,14 @@ def area_under_curve(labels: NDArray[np.int64], scores: NDArray[np.float64]) -> 
 
 
 def auc_with_interval(
-    labels: NDArray[np.int64], scores: NDArray[np.float64], patients: Sequence[str], *, rounds: int = 1000, seed: int = 1
+    labels: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    patients: Sequence[str],
+    *,
+    rounds: int = 1000,
+    seed: int = 1,
 ) -> Interval:
-    """AUC with its 95 % percentile bootstrap interval, drawing whole patients: images of one child are not independent."""
+    """AUC with its 95 % percentile bootstrap interval; draws patients, as images of one child are not independent."""
     rng = np.random.default_rng(seed)
     _, owner = np.unique(np.asarray(patients), return_inverse=True)
     members = [np.flatnonzero(owner == index) for index in range(int(owner.max()) + 1)]

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader, Dataset
 
+from ai_triage.cxr import read_bundle
 from ai_triage.cxr_data import Radiograph, augmented, of_split, read_radiographs
 from ai_triage.statistics import area_under_curve
 
@@ -51,18 +51,11 @@ class Augmented(Dataset[Sample]):
         return self.prepare(augmented(radiograph.pixels, rng)), float(radiograph.label)
 
 
-def parsed_bundle(bundle: Path = BUNDLE) -> tuple[torch.nn.Module, Callable[[Any], torch.Tensor]]:
-    """The bundle's network (untrained) and preprocessing."""
-    parser = ConfigParser()
-    parser.read_config(bundle / "configs" / "inference.json")
-    return parser.get_parsed_content("network_def"), parser.get_parsed_content("preprocessing")
-
-
 def logits_of(network: torch.nn.Module, prepared: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Logits [N] float64 of prepared images [N,1,128,128]."""
     network.eval()
     with torch.inference_mode():
-        parts = [network(part)[:, 0].float() for part in prepared.split(64)]
+        parts = [network(part)[:, 0].float() for part in torch.split(prepared, 64)]
     return torch.cat(parts).double().numpy()
 
 
@@ -79,8 +72,8 @@ def train(archive: Path, out: Path, *, epochs: int, seed: int, threads: int) -> 
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    network, prepare = parsed_bundle()
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network, prepare = read_bundle(BUNDLE)
+    network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     radiographs = read_radiographs(archive)
     learn, validate = of_split(radiographs, "train"), of_split(radiographs, "validation")
@@ -112,7 +105,7 @@ def train(archive: Path, out: Path, *, epochs: int, seed: int, threads: int) -> 
                 logits = network(images.to(memory_format=torch.channels_last))[:, 0]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
             total += float(loss.detach())

@@ -14,8 +14,13 @@ from deploy.process import Child, Command, wait_until_healthy
 class Server(Protocol):
     """What the supervisor needs to know of a server."""
 
-    name: str
-    port: int
+    @property
+    def name(self) -> str:
+        """Name of the process: of its log, and in `stack.json`."""
+
+    @property
+    def port(self) -> int:
+        """TCP port on 127.0.0.1; 0 for none."""
 
     def prepare(self) -> None:
         """Make directories and configuration; clear what a killed server left. Idempotent."""

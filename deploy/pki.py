@@ -123,11 +123,13 @@ def issue_reader(pki: Pki, username: str, display_name: str, pin: str) -> Path:
     ca, ca_key = _load_ca(pki.directory, "report-ca")
     # RSA, because every PDF reader verifies it; 3072 bits stand for 128 bits of strength (NIST SP 800-57).
     key = rsa.generate_private_key(public_exponent=65537, key_size=3072)
-    subject = x509.Name([
-        x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANISATION),
-        x509.NameAttribute(NameOID.COMMON_NAME, display_name),
-        x509.NameAttribute(NameOID.USER_ID, username),
-    ])
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANISATION),
+            x509.NameAttribute(NameOID.COMMON_NAME, display_name),
+            x509.NameAttribute(NameOID.USER_ID, username),
+        ]
+    )
     # Non-repudiation is what makes it a person's signature and not a machine's (RFC 5280, 4.2.1.3).
     usage = _key_usage(digital_signature=True, content_commitment=True)
     leaf = (
@@ -209,10 +211,12 @@ def _ensure_ca(directory: Path, stem: str, common_name: str) -> None:
     if (directory / f"{stem}.pem").exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([
-        x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANISATION),
-        x509.NameAttribute(NameOID.COMMON_NAME, common_name),
-    ])
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANISATION),
+            x509.NameAttribute(NameOID.COMMON_NAME, common_name),
+        ]
+    )
     certificate = (
         _builder(name, name, key, _CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -256,9 +260,7 @@ def _issue(
 
 def _write_pair(directory: Path, stem: str, key: _SigningKey, chain: Sequence[x509.Certificate]) -> None:
     """Key first: a certificate that is there has its key beside it."""
-    _write_secret(
-        directory / f"{stem}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    )
+    _write_secret(directory / f"{stem}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)
     (directory / f"{stem}.pem").write_bytes(pem)
 

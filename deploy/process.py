@@ -102,12 +102,20 @@ class Child:
         self.signal_family(signal.SIGKILL)
         self._process.wait()
 
-    def stop(self) -> None:
-        """Ask for an ordered stop, wait, and then insist."""
+    def ask_to_stop(self) -> None:
+        """Send the signal that asks for an ordered stop, without waiting."""
         if self._process.poll() is None:
             self._process.send_signal(self.command.stop_signal)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(self.command.stop_seconds)
+
+    def stop(self) -> None:
+        """Ask for an ordered stop, wait, and then insist."""
+        self.ask_to_stop()
+        self.finish()
+
+    def finish(self) -> None:
+        """After `ask_to_stop`: wait as long as the command allows, then SIGKILL what is left of the family."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(self.command.stop_seconds)
         self.reap()
 
 
@@ -121,7 +129,11 @@ def wait_until_healthy(child: Child, problem: Callable[[], str | None], log: Pat
     while (trouble := problem()) is not None:
         status = child.exit_status()
         if status is not None or time.monotonic() > deadline:
-            why = f"ended with status {status}" if status is not None else f"is not ready after {seconds:.0f} s: {trouble}"
+            why = (
+                f"ended with status {status}"
+                if status is not None
+                else f"is not ready after {seconds:.0f} s: {trouble}"
+            )
             raise StackError(f"{child.command.name} {why}\n{tail(log)}")
         time.sleep(pause)
         pause = min(pause * 1.5, 0.5)

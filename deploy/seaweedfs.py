@@ -13,15 +13,19 @@ index is short after a power cut is cut to it; so after a machine restart withou
 built again from the synced data (`weed fix`).
 """
 
+import io
 import json
 import os
 import secrets
 import subprocess
 import sysconfig
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Self
 
 import urllib3
 from cryptography import x509
@@ -34,6 +38,8 @@ from minio.error import MinioException
 from deploy.process import Command, StackError
 
 BUCKET, LOCK_BUCKET = "yuanzhen", "yuanzhen-reports"
+_PROBE = "health/probe"
+_WRITABLE_S = 30.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CREATE = """
   CREATE TABLE IF NOT EXISTS "%s" (
@@ -58,6 +64,11 @@ class Ports:
     volume_grpc: int
     filer: int
     filer_grpc: int
+
+    @classmethod
+    def of(cls, ports: Mapping[str, int]) -> Self:
+        """From the stack's ports, where every name begins with `s3`."""
+        return cls(**{f.name: ports[f.name if f.name.startswith("s3") else f"s3_{f.name}"] for f in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,9 @@ class SeaweedFS:
             "master.port": ports.master,
             "master.port.grpc": ports.master_grpc,
             "master.volumeSizeLimitMB": 1024,
-            "master.electionTimeout": "1s",  # one master: ten seconds of waiting for others at each restart are lost
+            # One master: at each restart the default would wait ten seconds for others.
+            "master.electionTimeout": "400ms",
+            "master.heartbeatInterval": "100ms",
             "volume.port": ports.volume,
             "volume.port.grpc": ports.volume_grpc,
             "volume.max": 500,  # volumes grow as they fill: no space is taken beforehand
@@ -228,13 +241,24 @@ class SeaweedFS:
         """An S3 client that tries once."""
         http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(connect=3, read=20))
         return Minio(
-            f"127.0.0.1:{self.port}", self.access_key, self.secret_key, secure=False, http_client=http, region="us-east-1"
+            f"127.0.0.1:{self.port}",
+            self.access_key,
+            self.secret_key,
+            secure=False,
+            http_client=http,
+            region="us-east-1",
         )
 
     def problem(self) -> str | None:
-        """None when the buckets can be listed with our key."""
+        """None when a small object can be written and read with our key; before there is a bucket, when none is listed.
+
+        After a start the server lists buckets some seconds before it knows its own volumes.
+        """
+        client = self.client()
         try:
-            self.client().list_buckets()
+            if any(bucket.name == BUCKET for bucket in client.list_buckets()):
+                client.put_object(BUCKET, _PROBE, io.BytesIO(b"probe"), 5)
+                client.get_object(BUCKET, _PROBE).close()
         except (MinioException, urllib3.exceptions.HTTPError) as error:
             return str(error).splitlines()[0]
         return None
@@ -253,6 +277,11 @@ class SeaweedFS:
         for bucket, locked in ((BUCKET, False), (LOCK_BUCKET, True)):
             if not client.bucket_exists(bucket):
                 client.make_bucket(bucket, object_lock=locked)
+        deadline = time.monotonic() + _WRITABLE_S
+        while (trouble := self.problem()) is not None:
+            if time.monotonic() > deadline:
+                raise StackError(f"the S3 server takes no data after {_WRITABLE_S:.0f} s: {trouble}")
+            time.sleep(0.2)
 
 
 _JWT = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")

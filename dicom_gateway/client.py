@@ -66,7 +66,7 @@ class CentreClient:
         return self._post("/gateway/v1/offer", offer, wire.OfferAnswer)
 
     def put_pack(self, order: wire.PutOrder, path: Path) -> None:
-        """Stream one pack file to its presigned URL. Raises LinkError for every refusal: the next offer brings a new URL."""
+        """Stream one pack file to its presigned URL. Every refusal is a LinkError: the next offer brings a new URL."""
         headers = {**order.headers, "Content-Length": str(path.stat().st_size)}
         try:
             answer = self._store.put(order.url, content=_blocks(path), headers=headers)

@@ -22,7 +22,7 @@ _Piece = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
 _BATCH = 64
 _READERS = 4
-_FULL_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC})
+_DISK_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 
 
 class LedgerClosedError(RetryableError):
@@ -30,9 +30,11 @@ class LedgerClosedError(RetryableError):
 
 
 def _translated(error: sqlite3.Error) -> Exception:
-    """A full disk as the project's own error; anything else as it is."""
-    if getattr(error, "sqlite_errorcode", None) in _FULL_CODES:
-        return OutOfSpaceError("The disk under the spool's database is full")
+    """What a disk or a lock did, as the project's own errors; anything else (a mistake of ours) as it is."""
+    if getattr(error, "sqlite_errorcode", -1) & 0xFF in _DISK_CODES:  # the primary code of an extended one
+        return OutOfSpaceError("The spool's database cannot be written: disk full or failing")
+    if isinstance(error, sqlite3.OperationalError):
+        return RetryableError("The spool's database could not be written")
     return error
 
 
@@ -145,7 +147,7 @@ class Ledger:
                 self._writer.execute("SAVEPOINT piece")
                 try:
                     result = piece(self._writer)
-                except Exception as error:  # noqa: BLE001 - it belongs to the caller, who gets it
+                except Exception as error:  # it belongs to the caller, who gets it
                     if not self._writer.in_transaction:  # SQLite rolled everything back (full disk, I/O error)
                         raise
                     self._writer.execute("ROLLBACK TO piece")

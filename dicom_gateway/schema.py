@@ -58,14 +58,15 @@ VERSIONS: tuple[tuple[str, ...], ...] = (
         CREATE TABLE pack (
             pack_id TEXT PRIMARY KEY,
             study_id INTEGER NOT NULL REFERENCES study (id),
-            state TEXT NOT NULL CHECK (state IN ('planned', 'put', 'receipted')),
+            -- planned: the file is built; put: it is in the store; refused: file removed, built again at next_try_at_s
+            state TEXT NOT NULL CHECK (state IN ('planned', 'put', 'refused', 'receipted')),
             size_bytes INTEGER NOT NULL,
             sha256 TEXT NOT NULL,
             planned_at_s REAL NOT NULL,
             tries INTEGER NOT NULL DEFAULT 0,
             next_try_at_s REAL NOT NULL DEFAULT 0,
             last_error TEXT NOT NULL DEFAULT '',
-            receipt TEXT                       -- storage.wire.Receipt as signed, JSON: the proof
+            receipt TEXT                       -- storage.wire.Receipt as signed, a JSON list: the proof
         )
         """,
         "CREATE INDEX pack_open ON pack (next_try_at_s) WHERE state <> 'receipted'",

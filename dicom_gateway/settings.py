@@ -85,7 +85,7 @@ class GatewaySettings(BaseSettings):
 def load() -> GatewaySettings:
     """Settings from the environment. Raises ConfigurationError naming each setting that is missing or wrong."""
     try:
-        return GatewaySettings()  # type: ignore[call-arg]  # the environment brings what has no default
+        return GatewaySettings()
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(str(part) for part in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()

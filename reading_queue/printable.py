@@ -19,25 +19,25 @@ _INKLESS = frozenset("\u00ad\u034f\u200b\u200c\u200d\u2060\ufeff")
 """Soft hyphen, joiners and zero-width spaces: neither ink nor order."""
 _VARIATION_SELECTORS = frozenset([*map(chr, range(0xFE00, 0xFE10)), *map(chr, range(0xE0100, 0xE01F0))])
 """Ask for a variant of a glyph (UTS #37); the base character is what remains, as Unicode foresees."""
+_RIGHT_TO_LEFT = frozenset({"R", "AL", "AN"})
 _LINE_BREAKS = re.compile(r"\r\n|[\r\n\v\f\x85\u2028\u2029]")
-_UNBREAKABLE = re.compile(r"[!-~\u00a1-\u024f]{36}(?=[!-~\u00a1-\u024f])")
 _TAB = "    "
 
 
 @cache
 def covered_characters(fonts_dir: Path) -> frozenset[int]:
-    """Code points that every font in the folder can set (Regular and Bold must agree).
+    """Code points that some font in the folder can set; typst tries them all, in the template's order.
 
     Raises ConfigurationError if there is no font: `yuanzhen assets` brings them.
     """
     paths = sorted(path for path in fonts_dir.glob("*") if path.suffix.lower() in {".otf", ".ttf"})
     if not paths:
         raise ConfigurationError(f"No report fonts (*.otf, *.ttf) in {fonts_dir}")
-    coverage: list[set[int]] = []
+    covered: set[int] = set()
     for path in paths:
         with TTFont(path, lazy=True) as font:
-            coverage.append(set(font.getBestCmap()))
-    return frozenset(set.intersection(*coverage))
+            covered.update(font.getBestCmap())
+    return frozenset(covered)
 
 
 def code_point(character: str) -> str:
@@ -53,16 +53,22 @@ def _shown(character: str, covered: frozenset[int]) -> str:
     # Cc control, Cf format (all bidirectional controls), Cs lone surrogate; Co and Cn only if a font knows them.
     if unicodedata.category(character) in {"Cc", "Cf", "Cs"} or ord(character) not in covered:
         return code_point(character)
-    return character
+    # A symbol font has single letters of right-to-left scripts: unjoined, and they would reorder their neighbours.
+    return code_point(character) if unicodedata.bidirectional(character) in _RIGHT_TO_LEFT else character
 
 
-def printable(text: str, covered: frozenset[int]) -> str:
+@cache
+def _unbreakable(longest: int) -> re.Pattern[str]:
+    return re.compile(rf"[!-~\u00a1-\u024f]{{{longest + 1},}}")
+
+
+def printable(text: str, covered: frozenset[int], longest: int = 40) -> str:
     """One line of text as it will be printed; line breaks become spaces.
 
-    Runs of more than 36 Latin characters get a zero-width space, so that they wrap instead of leaving the page.
+    A run of more than `longest` Latin characters may break anywhere (zero-width spaces): it stays on the page.
     """
     shown = "".join(_shown(c, covered) for c in _LINE_BREAKS.sub(" ", text)).strip()
-    return _UNBREAKABLE.sub(lambda match: match.group() + "\u200b", shown)
+    return _unbreakable(longest).sub(lambda match: "\u200b".join(match.group()), shown)
 
 
 def printable_lines(text: str, covered: frozenset[int]) -> list[str]:

@@ -147,7 +147,7 @@ def display_person_name(name: str) -> str:
     groups = name.split("=")
     alphabetic = " ".join(part.strip() for part in groups[0].split("^") if part.strip())
     ideographic = "".join(part.strip() for part in groups[1].split("^")) if len(groups) > 1 else ""
-    if not alphabetic.isascii():  # Chinese text in the first group: many modalities send it so
+    if any(c >= "\u2e80" for c in alphabetic):  # Chinese in the first group: many modalities send it so
         alphabetic = "".join(alphabetic.split(" "))
     if not ideographic or ideographic == alphabetic:
         return alphabetic
@@ -160,7 +160,7 @@ def _age(value: str, language: str) -> str:
         return value
     zh, en = _AGE_UNITS[unit]
     count = int(number)
-    return _both((f"{count} {zh}", f"{count} {en if count != 1 else en[:-1]}"), language, " / ")
+    return f"{count} {_both((zh, en if count != 1 else en[:-1]), language, ' ')}"
 
 
 def local_time(moment: datetime, time_zone: str) -> str:
@@ -188,7 +188,8 @@ class _Printer:
         return {"zh": zh if self.language != "en" else "", "en": en if self.language != "zh" else ""}
 
     def cell(self, key: str, text: str, span: int, *, strong: bool = False) -> dict[str, Any]:
-        return {"label": self.label(key), "value": self.line(text), "span": span, "strong": strong}
+        value = printable(text, self.covered, longest=4 * span)  # a twelfth of the page holds four wide letters
+        return {"label": self.label(key), "value": value, "span": span, "strong": strong}
 
     def patient(self) -> list[dict[str, Any]]:
         c = self.content
@@ -259,7 +260,9 @@ class TypstPress:
             pdf = self._compiler.compile(
                 sys_inputs={key: data}, format="pdf", pdf_standards="a-2b", timestamp=int(made_at.timestamp())
             )
-        return bytes(pdf)
+        if not isinstance(pdf, bytes):
+            raise TypeError("typst gave several files for one document")
+        return pdf
 
 
 @cache

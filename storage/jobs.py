@@ -68,6 +68,16 @@ def start(database: Database, job_id: int, *, stale_s: float) -> StartedJob | No
     return None if row is None else StartedJob(*row)
 
 
+def touch(database: Database, job: StartedJob) -> None:
+    """Say that this start still runs: it is not stale from now on."""
+    with database.centre() as session:
+        session.execute(
+            sa.update(Job)
+            .where(Job.id == job.id, Job.starts == job.starts, Job.started_at.is_not(None), Job.finished_at.is_(None))
+            .values(started_at=sa.func.clock_timestamp())
+        )
+
+
 def finish(session: Session, job_id: int) -> None:
     """Mark done, in the transaction of the effect. Raises IllegalTransitionError if another run was first."""
     done = session.execute(
@@ -131,7 +141,7 @@ def park_exhausted(session: Session, *, stale_s: float) -> list[StartedJob]:
             Job.finished_at.is_(None),
             Job.parked_at.is_(None),
             Job.starts >= MAX_STARTS,
-            sa.or_(Job.started_at < stale, Job.error != ""),
+            sa.or_(Job.started_at.is_(None), Job.started_at < stale),  # None: its failure was noted
         )
         .values(parked_at=sa.func.clock_timestamp())
         .returning(Job.id, Job.site_id, Job.actor, Job.subject_id, Job.starts)

@@ -171,6 +171,7 @@ class Study(Row):
     study_description: Mapped[str]
     specific_character_set: Mapped[str]  # as sent; reports go home in it
     repaired_character_set: Mapped[str]
+    calling_ae_title: Mapped[str] = mapped_column(server_default="")  # who sent it to the gateway; rules ask for it
     modalities: Mapped[list[str]] = mapped_column(server_default="{}")
     body_part_examined: Mapped[str] = mapped_column(server_default="")
     priority: Mapped[Priority]

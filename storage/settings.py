@@ -52,6 +52,7 @@ class Settings(BaseSettings):
         default=1800, description="A study without an inventory counts as complete after this silence"
     )
     job_stale_s: int = Field(default=60, description="A published job not finished after this is published again")
+    gateway_silent_s: int = Field(default=300, description="A gateway without a heartbeat for this long is an event")
     session_life_s: int = Field(default=12 * 3600, description="A sign-in lasts a shift")
 
 

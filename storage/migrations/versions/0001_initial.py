@@ -192,6 +192,7 @@ def upgrade() -> None:
         sa.Column("study_description", sa.Text(), nullable=False),
         sa.Column("specific_character_set", sa.Text(), nullable=False),
         sa.Column("repaired_character_set", sa.Text(), nullable=False),
+        sa.Column("calling_ae_title", sa.Text(), server_default="", nullable=False),
         sa.Column("modalities", postgresql.ARRAY(sa.Text()), server_default="{}", nullable=False),
         sa.Column("body_part_examined", sa.Text(), server_default="", nullable=False),
         sa.Column("priority", postgresql.ENUM(name="priority", create_type=False), nullable=False),

@@ -1,0 +1,121 @@
+"""The `yuanzhen` command: a thin table of sub-commands. Each imports what it needs only when it is called."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="yuanzhen",
+    help="Yuanzhen 远诊: studies up from the county, signed reports back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def up(
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop everything on Ctrl-C.")] = False,
+    demonstrate: Annotated[bool, typer.Option("--demo", help="Then run the demonstration.")] = False,
+) -> None:
+    """Start the whole system on this machine; data under ./var."""
+    from deploy import assets, stack
+
+    var = stack.var_directory()
+    began = time.monotonic()
+
+    def announce() -> None:
+        typer.echo(f"up after {time.monotonic() - began:.1f} s\n{stack.summary(var)}")
+
+    assets.setup(say=typer.echo)
+    stack.up(var, announce, foreground=foreground)
+    if demonstrate:
+        demo(as_json=False)
+
+
+@app.command()
+def down() -> None:
+    """Stop the system in order."""
+    from deploy import stack
+
+    typer.echo(stack.down(stack.var_directory()))
+
+
+@app.command()
+def status() -> None:
+    """Show every process: its id, port, restarts, and whether it answers. Exit status 1 unless all do."""
+    from deploy import stack
+
+    if not stack.print_status(stack.var_directory()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def clean() -> None:
+    """Forget everything under ./var; refused while the system runs."""
+    from deploy import stack
+
+    typer.echo(stack.clean(stack.var_directory()))
+
+
+@app.command()
+def setup() -> None:
+    """Bring viewer, scripts, fonts and demonstration data into ./.cache."""
+    from deploy import assets
+
+    typer.echo(f"assets are in {assets.setup(say=typer.echo)}")
+
+
+@app.command()
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print facts for machines, nothing else.")] = False,
+) -> None:
+    """Send real studies the whole way and show what happened. Exit status 1 if anything differs."""
+    from deploy import demo as demonstration
+
+    raise typer.Exit(demonstration.run(as_json=as_json))
+
+
+@app.command()
+def settings() -> None:
+    """Print the table of settings (docs/settings.md)."""
+    from deploy.settings_table import render
+
+    typer.echo(render(), nl=False)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the schema of YUANZHEN_DATABASE_OWNER_URL up to date."""
+    import os
+
+    from storage.database import upgrade
+
+    upgrade(os.environ.get("YUANZHEN_DATABASE_OWNER_URL", ""))
+
+
+@app.command()
+def pki(directory: Path, hosts: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Make demonstration certificates in DIRECTORY for an ingest server reached as HOSTS."""
+    from deploy.pki import ensure_pki
+
+    typer.echo(f"certificates are in {ensure_pki(directory, hosts or ()).directory}")
+
+
+def main() -> None:
+    """Entry point: errors made on purpose become one message and exit status 1."""
+    from deploy.process import StackError
+    from storage.errors import YuanzhenError
+
+    try:
+        app()
+    except (StackError, YuanzhenError) as error:
+        typer.echo(f"yuanzhen: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

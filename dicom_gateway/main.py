@@ -1,0 +1,115 @@
+"""The gateway's process: `python -m dicom_gateway.main`. SCP, uplink, returns, heartbeat and status in one.
+
+Starts in the order in which parts need each other and stops in the reverse one: first nothing new comes in, then what
+is under way ends, then the database closes. SIGTERM and SIGINT stop it with status 0; a setting that cannot be used
+ends it at once with status 2 and one line that says which.
+"""
+
+import logging
+import signal
+import sys
+import threading
+
+import structlog
+
+from dicom_gateway.client import CentreClient
+from dicom_gateway.heartbeat import HeartbeatLoop
+from dicom_gateway.returns import ReportReturn
+from dicom_gateway.scp import StorageScp
+from dicom_gateway.settings import GatewaySettings, load
+from dicom_gateway.spool import Spool
+from dicom_gateway.status import StatusServer, status
+from dicom_gateway.sweep import sweep
+from dicom_gateway.uplink import Uplink
+from storage.errors import ConfigurationError, YuanzhenError
+from storage.receipts import load_public_key
+
+log = structlog.get_logger(__name__)
+
+_JOIN_S = 10.0
+
+
+def configure_logging() -> None:
+    """One JSON object a line on stdout."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs presigned URLs
+
+
+def keep_house(settings: GatewaySettings, spool: Spool, stop: threading.Event) -> None:
+    """Body of a thread: free what has been kept long enough."""
+    while not stop.is_set():
+        try:
+            while spool.free_kept() and not stop.is_set():
+                pass
+        except YuanzhenError as error:
+            log.warning("house not kept", action="spool.keep_failed", reason=error.reason)
+        except Exception:  # the edge of the thread
+            log.exception("house not kept", action="spool.keep_error")
+        stop.wait(settings.keep_check_s)
+
+
+def run(settings: GatewaySettings, stop: threading.Event) -> None:
+    """Be a gateway until `stop` is set. Raises ConfigurationError, or OSError for a port that is taken."""
+    receipt_key = load_public_key(settings.receipt_public_key_file.read_bytes())
+    client = CentreClient(settings)
+    spool = Spool(settings)
+    sweep(spool)
+    scp = StorageScp(settings, spool)
+    uplink = Uplink(settings, spool, client, receipt_key)
+    heartbeat = HeartbeatLoop(settings, spool, client)
+    returns = ReportReturn(settings, spool, client)
+    threads = [
+        threading.Thread(target=heartbeat.run, args=(stop,), name="heartbeat", daemon=True),
+        threading.Thread(target=returns.run, args=(stop,), name="returns", daemon=True),
+        threading.Thread(target=keep_house, args=(settings, spool, stop), name="housekeeper", daemon=True),
+    ]
+    local = StatusServer(settings.status_port, lambda: status(settings, spool, scp, heartbeat), uplink.retry_now)
+    port = scp.start()
+    uplink.start()
+    for thread in threads:
+        thread.start()
+    log.info(
+        "ready", action="gateway.ready", site=settings.site, ae_title=settings.ae_title, host=settings.host, port=port,
+        status_port=local.port,
+    )  # fmt: skip
+    stop.wait()
+    log.info("stopping", action="gateway.stopping")
+    scp.stop()
+    uplink.stop(_JOIN_S)
+    client.close()  # ends the long poll of the report feed
+    for thread in threads:
+        thread.join(_JOIN_S)
+    local.close()
+    spool.close()
+    log.info("stopped", action="gateway.stopped")
+
+
+def main() -> int:
+    """Entry point. Returns the exit status."""
+    configure_logging()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        run(load(), stop)
+    except ConfigurationError as error:
+        log.error("cannot start", action="gateway.misconfigured", reason=error.reason)
+        return 2
+    except OSError as error:
+        log.error("cannot start", action="gateway.cannot_start", reason=str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

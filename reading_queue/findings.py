@@ -1,0 +1,57 @@
+"""What a reader may see of triage: positive findings of active runs, and never a reassuring normal (design §6).
+
+A shadow run is not here at all. That a model found nothing is not shown either: it would be read as "normal".
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from storage.rows import TriageRun
+from storage.vocabulary import RunMode, RunState
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFinding:
+    """One flag: the finding, how sure, by which model, how much earlier it made the case due."""
+
+    run_id: int
+    model: str  # name and version
+    text_zh: str
+    text_en: str
+    probability: float
+    minutes_earlier: int
+    has_heat_map: bool
+
+
+def shown_findings(session: Session, case_ids: Iterable[int]) -> dict[int, list[ShownFinding]]:
+    """Flags of each case, surest first, from each model's newest run."""
+    newest = (
+        sa.select(TriageRun)
+        .where(
+            TriageRun.case_id.in_(list(case_ids)),
+            TriageRun.state == RunState.DONE,
+            TriageRun.mode == RunMode.ACTIVE,
+        )
+        .distinct(TriageRun.case_id, TriageRun.model_name)
+        .order_by(TriageRun.case_id, TriageRun.model_name, TriageRun.study_version.desc(), TriageRun.id.desc())
+    )
+    shown: dict[int, list[ShownFinding]] = {}
+    for run in session.scalars(newest):
+        for finding in run.findings:
+            if finding["positive"]:
+                one = ShownFinding(
+                    run_id=run.id,
+                    model=f"{run.model_name} {run.model_version}",
+                    text_zh=finding["text_zh"],
+                    text_en=finding["text_en"],
+                    probability=finding["probability"],
+                    minutes_earlier=finding["minutes_earlier"],
+                    has_heat_map=run.heat_map_key is not None,
+                )
+                shown.setdefault(run.case_id, []).append(one)
+    for flags in shown.values():
+        flags.sort(key=lambda flag: -flag.probability)
+    return shown

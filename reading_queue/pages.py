@@ -1,0 +1,65 @@
+"""Pages from templates: one Jinja2 environment, escaping always on, the words and the person in every page."""
+
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from reading_queue import i18n
+from reading_queue.report_pdf import display_person_name
+
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,  # nothing from a DICOM file or a person is markup
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": i18n.duration,
+        "person_name": lambda name: display_person_name(name) or "—",
+    }
+    return environment
+
+
+def page(
+    request: Request, template: str, *, status: int = 200, headers: dict[str, str] | None = None, **values: Any
+) -> HTMLResponse:
+    """Render a template for this request. `person` is whoever `require` let in, or None."""
+    language = i18n.language_of(request)
+    time_zone = request.app.state.settings.timezone
+    person = getattr(request.state, "person", None)
+    html = (
+        _environment()
+        .get_template(template)
+        .render(
+            request=request,
+            person=person,
+            csrf=person.csrf_token if person else "",
+            language=language,
+            path=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
+            now=datetime.now(UTC),
+            t=partial(_text, language),
+            minute=partial(i18n.local_minute, time_zone=time_zone),
+            clock=partial(i18n.local_clock, time_zone=time_zone),
+            age=partial(i18n.age, language=language),
+            date_time=i18n.dicom_date_time,
+            in_language=lambda zh, en: (zh if language == "zh" else en) or zh or en,
+            **values,
+        )
+    )
+    # A reading room's computer is shared: nothing with a patient in it stays in the browser's cache.
+    return HTMLResponse(html, status, {"Cache-Control": "no-store", "Vary": "Cookie"} | (headers or {}))
+
+
+def _text(language: i18n.Language, key: str, **values: object) -> str:
+    return i18n.t(key, language, **values)

@@ -1,0 +1,158 @@
+"""The web application with archived studies, on a real port: for the viewer's tests over HTTP and in a browser."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pydicom
+import sqlalchemy as sa
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+
+from reading_queue import auth, problems
+from reading_queue.viewer import router
+from storage.database import Database
+from storage.objects import Objects
+from storage.rows import Account, Event, ReaderGrant
+from storage.settings import Settings
+from storage.vocabulary import Role
+from tests.archive_material import archive_files
+from tests.centre import Sites, add_case
+
+
+@dataclass
+class Opened:
+    """A study with a case, and what it was made of."""
+
+    case_id: int
+    study: str
+    series: str
+    instance: str
+
+    @property
+    def root(self) -> str:
+        return f"/cases/{self.case_id}/dicomweb"
+
+    @property
+    def page(self) -> str:
+        return f"/cases/{self.case_id}/viewer/viewer?StudyInstanceUIDs={self.study}"
+
+    @property
+    def instance_path(self) -> str:
+        return f"{self.root}/studies/{self.study}/series/{self.series}/instances/{self.instance}"
+
+
+@dataclass
+class Web:
+    """A running server, the people who may sign in, and a way to put studies into it."""
+
+    url: str
+    database: Database
+    objects: Objects
+    sites: Sites
+
+    def client(self, username: str | None) -> httpx.Client:
+        """A signed-in browser without a screen; None: nobody is signed in."""
+        return httpx.Client(base_url=self.url, cookies=self.cookies(username), timeout=60)
+
+    def cookies(self, username: str | None) -> dict[str, str]:
+        if username is None:
+            return {}
+        token = auth.sign_in(self.database, username, PASSWORD, life_s=3600)
+        assert token is not None
+        return {auth.SESSION_COOKIE: token}
+
+    def study(self, files: list[Path], site_id: int | None = None, specialty: str = "imaging") -> Opened:
+        with self.database.centre() as session:
+            study_id = archive_files(session, self.objects, site_id or self.sites.county, files)
+            case_id = add_case(session, study_id, specialty=specialty)
+        first = pydicom.dcmread(files[0], stop_before_pixels=True)
+        return Opened(case_id, str(first.StudyInstanceUID), str(first.SeriesInstanceUID), str(first.SOPInstanceUID))
+
+    def events(self, name: str) -> list[Event]:
+        with self.database.centre() as session:
+            return list(session.scalars(sa.select(Event).where(Event.name == name).order_by(Event.id)))
+
+
+PASSWORD = "correct horse battery staple"
+_PASSWORD_HASH = auth.hash_password(PASSWORD)
+PEOPLE = {
+    # username: (role, site, sites whose imaging and ECG they may read)
+    "reader-a": (Role.READER, "centre", ("county",)),
+    "reader-b": (Role.READER, "centre", ("other_county",)),
+    "quality": (Role.QUALITY, "centre", ()),
+    "administrator": (Role.ADMINISTRATOR, "centre", ()),
+    "radiographer-a": (Role.RADIOGRAPHER, "county", ()),
+    "clinician-a": (Role.CLINICIAN, "county", ()),
+    "radiographer-b": (Role.RADIOGRAPHER, "other_county", ()),
+    "clinician-b": (Role.CLINICIAN, "other_county", ()),
+}
+
+
+def add_people(database: Database, sites: Sites) -> None:
+    with database.centre() as session:
+        for username, (role, site, grants) in PEOPLE.items():
+            account_id = session.execute(
+                sa.insert(Account)
+                .values(
+                    site_id=getattr(sites, site),
+                    username=username,
+                    display_name=username,
+                    role=role,
+                    password_hash=_PASSWORD_HASH,
+                )
+                .returning(Account.id)
+            ).scalar_one()
+            for granted in grants:
+                for specialty in ("imaging", "ecg"):
+                    session.execute(
+                        sa.insert(ReaderGrant).values(
+                            account_id=account_id, site_id=getattr(sites, granted), specialty=specialty
+                        )
+                    )
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Run the application on a free port in a thread; its address."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    ready = threading.Event()
+    startup = server.startup
+
+    async def announced(*args: object, **keywords: object) -> None:
+        await startup(*args, **keywords)  # type: ignore[arg-type]
+        ready.set()
+
+    server.startup = announced  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def application(database: Database, objects: Objects, configuration: Settings) -> FastAPI:
+    app = FastAPI()
+    app.include_router(auth.router)
+    app.include_router(router)
+    problems.install(app)
+    app.state.database, app.state.objects, app.state.settings = database, objects, configuration
+    return app
+
+
+def routes_of(router: APIRouter) -> list[APIRoute]:
+    """Every route of a router and those included in it."""
+    found: list[APIRoute] = []
+    for route in router.routes:
+        if isinstance(route, APIRoute):
+            found.append(route)
+        elif isinstance(inner := getattr(route, "original_router", None), APIRouter):
+            found.extend(routes_of(inner))
+    return found
