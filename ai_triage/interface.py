@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 RESEARCH_ONLY = "research only"
+_OLDEST = 120.0  # years; an upper limit from here on is no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Accepts:
     body_parts: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
     age_years: tuple[float, float] | None = None  # from (inclusive) to (exclusive)
+    age_may_be_unknown: bool = False
     max_instances: int = 8  # read at most so many data sets of a study
 
     def asks_for(self, facts: StudyFacts) -> bool:
@@ -117,18 +119,17 @@ class Accepts:
 
     def age_suits(self, facts: StudyFacts) -> Suitability:
         """Age is an accepted input: a model says nothing about patients unlike those it learnt from (design §6)."""
-        if self.age_years is None:
+        if self.age_years is None or (facts.age_years is None and self.age_may_be_unknown):
             return Suitability(True)
         low, high = self.age_years
-        span_zh, span_en = f"{low:g} 至 {high - 1:g} 岁", f"{low:g} to {high - 1:g} years"
+        if high >= _OLDEST:
+            span_zh, span_en = f"{low:g} 岁及以上", f"{low:g} years and older"
+        else:
+            span_zh, span_en = f"{low:g} 至 {high - 1:g} 岁", f"{low:g} to {high - 1:g} years"
         if facts.age_years is None:
-            return Suitability(
-                False, f"年龄未知，本模型仅适用于 {span_zh} / age is not known; this model is for {span_en}"
-            )
+            return Suitability(False, f"年龄未知，本模型适用于 {span_zh} / age not known; this model is for {span_en}")
         if not low <= facts.age_years < high:
-            return Suitability(
-                False, f"年龄超出范围，本模型仅适用于 {span_zh} / age is outside the evidence: {span_en}"
-            )
+            return Suitability(False, f"年龄超出范围，本模型适用于 {span_zh} / age outside the evidence: {span_en}")
         return Suitability(True)
 
 

@@ -29,6 +29,7 @@ class _Accepts(_Part):
     body_parts: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
     age_years: tuple[float, float] | None = None
+    age_may_be_unknown: bool = False
     max_instances: int = Field(default=8, ge=1, le=64)
 
 

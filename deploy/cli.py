@@ -1,5 +1,6 @@
 """The `yuanzhen` command: a thin table of sub-commands. Each imports what it needs only when it is called."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def down() -> None:
 
 @app.command()
 def status() -> None:
-    """Show every process: its id, port, restarts, and whether it answers. Exit status 1 unless all do."""
+    """Show every process: its id, port, restarts, and whether it runs. Exit status 1 unless all do."""
     from deploy import stack
 
     if not stack.print_status(stack.var_directory()):
@@ -72,11 +73,43 @@ def setup() -> None:
 @app.command()
 def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print facts for machines, nothing else.")] = False,
+    chaos: Annotated[bool, typer.Option("--chaos", help="Kill processes at random meanwhile.")] = False,
 ) -> None:
     """Send real studies the whole way and show what happened. Exit status 1 if anything differs."""
     from deploy import demo as demonstration
 
-    raise typer.Exit(demonstration.run(as_json=as_json))
+    raise typer.Exit(demonstration.run(as_json=as_json, chaos=chaos))
+
+
+rules = typer.Typer(help="Routing rules.", no_args_is_help=True)
+app.add_typer(rules, name="rules")
+
+
+@rules.command("test")
+def rules_test(
+    site: str,
+    modality: list[str],
+    priority: str = "routine",
+    body_part: Annotated[list[str] | None, typer.Option()] = None,
+    ae_title: str = "",
+    description: Annotated[list[str] | None, typer.Option()] = None,
+) -> None:
+    """Show what the rules file does with a study of SITE and MODALITY."""
+    from routing.rules_cli import try_rules
+    from storage.settings import Settings
+    from storage.vocabulary import Priority
+
+    path = Path(os.environ.get("YUANZHEN_RULES_FILE") or Settings.model_fields["rules_file"].default)
+    status = try_rules(
+        path,
+        site=site,
+        modality=modality,
+        priority=Priority(priority),
+        body_part=body_part,
+        ae_title=ae_title,
+        description=description,
+    )
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -90,8 +123,6 @@ def settings() -> None:
 @app.command()
 def migrate() -> None:
     """Bring the schema of YUANZHEN_DATABASE_OWNER_URL up to date."""
-    import os
-
     from storage.database import upgrade
 
     upgrade(os.environ.get("YUANZHEN_DATABASE_OWNER_URL", ""))

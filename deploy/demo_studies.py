@@ -13,6 +13,7 @@ import pydicom
 from pydicom.data import get_testdata_file
 from pydicom.uid import UID
 
+from deploy.demo_reader import split_part10
 from storage.errors import ConfigurationError
 
 
@@ -57,16 +58,6 @@ def fresh_uid(run: str, original: str) -> str:
     return f"2.25.{int.from_bytes(hashlib.sha256(f'{run}/{original}'.encode()).digest()[:16], 'big')}"
 
 
-def data_set_bytes(path: Path) -> bytes:
-    """The data set of a Part 10 file as it travels in C-STORE: without preamble and file meta information."""
-    with path.open("rb") as file:
-        file.seek(128 + 4)
-        group_length = pydicom.filereader.read_file_meta_info(path).FileMetaInformationGroupLength
-        # (0002,0000) UL 4 bytes: 12 bytes on disk, and its value counts from there.
-        file.seek(128 + 4 + 12 + group_length)
-        return file.read()
-
-
 def prepare(folder: Path, run: str, demo_folder: Path | None) -> list[Prepared]:
     """Write each source under fresh UIDs into `folder`. Raises ConfigurationError if a package's file is missing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,5 +89,5 @@ def _renamed(source: Source, path: Path, target: Path, run: str) -> Prepared:
         sop_class_uid=str(data_set.SOPClassUID),
         transfer_syntax_uid=str(data_set.file_meta.TransferSyntaxUID),
         patient_id=str(data_set.get("PatientID", "")),
-        sha256=hashlib.sha256(data_set_bytes(target)).hexdigest(),
+        sha256=hashlib.sha256(split_part10(target.read_bytes())[1]).hexdigest(),
     )

@@ -125,6 +125,10 @@ class SeaweedFS:
         for index in (self._directory / "data").glob("*.idx"):
             with index.open("rb") as file:
                 os.fsync(file.fileno())
+        # It names its local sockets by port in /tmp, and leaves them there when it is killed.
+        for part in ("master", "volume", "filer", "s3"):
+            port = getattr(self._ports, f"{part}_grpc")
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 - its choice
         self._running.unlink(missing_ok=True)
 
     def _rebuild_indexes(self) -> None:

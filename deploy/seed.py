@@ -30,6 +30,7 @@ _PEOPLE = (
     ("reader", Role.READER, "centre", "影像医师 Radiologist", ("imaging",)),
     ("reader2", Role.READER, "centre", "影像审核医师 Reviewing radiologist", ("imaging",)),
     ("cardiologist", Role.READER, "centre", "心电医师 Cardiologist", ("ecg", "ultrasound")),
+    ("pathologist", Role.READER, "centre", "病理医师 Pathologist", ("pathology",)),
     ("quality", Role.QUALITY, "centre", "质控员 Quality officer", ()),
     ("admin", Role.ADMINISTRATOR, "centre", "管理员 Administrator", ()),
     ("county-a", Role.RADIOGRAPHER, "county-a", "甲县技师 Radiographer A", ()),

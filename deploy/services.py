@@ -40,7 +40,9 @@ class Program:
     probe: Probe
 
     def prepare(self) -> None:
-        """Nothing: our programs clear up after themselves when they start."""
+        """Forget an earlier run's log; our programs clear up after themselves when they start."""
+        if isinstance(self.probe, SaidReady):
+            self.probe.begin()
 
     def command(self) -> Command:
         """The process to run."""
@@ -140,13 +142,16 @@ def _programs(var: Path, ports: Mapping[str, int], pki: Pki, environment: Mappin
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", "")))),
     }
 
-    def program(name: str, *arguments: str, port: int = 0, probe: Probe | None = None) -> Program:
-        command = Command(name, [sys.executable, "-m", *arguments], var, env)
-        return Program(name, port, command, probe or _nothing_to_ask)
+    def program(name: str, *arguments: str, port: int, probe: Probe) -> Program:
+        return Program(name, port, Command(name, [sys.executable, "-m", *arguments], var, env), probe)
+
+    def said(name: str, text: str) -> SaidReady:
+        return SaidReady(var / "log" / f"{name}.log", text)
 
     def worker(name: str, threads: int, *queues: str) -> Program:
         limits = ("--processes", "1", "--threads", str(threads), "--worker-shutdown-timeout", "10000")
-        return program(name, "dramatiq", "deploy.worker", *limits, "--queues", *queues)
+        arguments = ("dramatiq", "deploy.worker", *limits, "--queues", *queues)
+        return program(name, *arguments, port=0, probe=said(name, "is ready for action"))
 
     certificate = issue_gateway(pki, GATEWAY_NAME)
     tls = ssl.create_default_context(cafile=str(pki.site_ca))
@@ -155,9 +160,9 @@ def _programs(var: Path, ports: Mapping[str, int], pki: Pki, environment: Mappin
     pacs_options = ("--port", str(pacs), "--ae-title", PACS_AE_TITLE, "--directory", str(var / "county-pacs"))
     return [
         [
-            program("web", "reading_queue.server", port=web, probe=_http(web)),
-            program("ingest", "routing.server", port=ingest, probe=_http(ingest, tls)),
-            program("clock", "routing.clock"),
+            program("web", "reading_queue.server", port=web, probe=_http(web, "/healthz")),
+            program("ingest", "routing.server", port=ingest, probe=_http(ingest, "/", tls)),
+            program("clock", "routing.clock", port=0, probe=said("clock", "clock.ready")),
             worker("worker", 4, "route", "return", "maintenance"),
             worker("triage", 1, "triage-urgent", "triage"),
         ],
@@ -168,12 +173,28 @@ def _programs(var: Path, ports: Mapping[str, int], pki: Pki, environment: Mappin
     ]
 
 
-def _nothing_to_ask() -> str | None:
-    """A process without a port is as healthy as it is alive; the supervisor watches that."""
-    return None
+class SaidReady:
+    """The probe of a process without a port: it writes `text` to its log when it has begun its work."""
+
+    def __init__(self, log: Path, text: str) -> None:
+        self._log = log
+        self._text = text.encode()
+        self._from_byte = 0
+
+    def begin(self) -> None:
+        """Only what is written from now on counts."""
+        self._from_byte = self._log.stat().st_size if self._log.exists() else 0
+
+    def __call__(self) -> str | None:
+        if not self._log.exists():
+            return "no log yet"
+        with self._log.open("rb") as file:
+            # A log that was cut meanwhile is shorter than the place remembered: read all of it.
+            file.seek(self._from_byte if self._log.stat().st_size >= self._from_byte else 0)
+            return None if self._text in file.read() else "it has not said that it is ready"
 
 
-def _http(port: int, tls: ssl.SSLContext | None = None) -> Probe:
+def _http(port: int, path: str, tls: ssl.SSLContext | None = None) -> Probe:
     def probe() -> str | None:
         connection = (
             http.client.HTTPSConnection("127.0.0.1", port, timeout=_PROBE_SECONDS, context=tls)
@@ -181,7 +202,7 @@ def _http(port: int, tls: ssl.SSLContext | None = None) -> Probe:
             else http.client.HTTPConnection("127.0.0.1", port, timeout=_PROBE_SECONDS)
         )
         try:
-            connection.request("GET", "/")
+            connection.request("GET", path)
             status = connection.getresponse().status
         except (OSError, http.client.HTTPException) as error:
             return str(error) or type(error).__name__

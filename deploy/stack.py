@@ -66,14 +66,16 @@ def _locked(var: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise StackError(
-                f"a stack already runs on {var} (pid {file.read().strip() or 'unknown'}). "
-                "See it with `yuanzhen status`, stop it with `yuanzhen down`."
-            ) from None
+            raise _busy(var, file.read().strip()) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _busy(var: Path, pid: str) -> StackError:
+    advice = "See it with `yuanzhen status`, stop it with `yuanzhen down`."
+    return StackError(f"a stack already runs on {var} (pid {pid or 'unknown'}). {advice}")
 
 
 def read_state(var: Path) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def supervise(var: Path, say: Say, done: Callable[[], None], start: Start) -> No
             signal.signal(number, supervisor.request_stop)
         try:
             start(var, supervisor, say)
+            supervisor.write_state("up")  # before anybody is told: they read it
             done()
             supervisor.run()
         finally:
@@ -146,9 +149,7 @@ def up(var: Path, announce: Callable[[], None], *, foreground: bool = False, mod
     `announce` is called when everything answers; `module` is the program of the detached supervisor.
     """
     if (running := holder(var)) is not None:
-        raise StackError(
-            f"a stack already runs on {var} (pid {running}). See it with `yuanzhen status`, stop it with `yuanzhen down`."
-        )
+        raise _busy(var, str(running))
     if foreground:
         supervise(var, lambda text: print(text, flush=True), announce, start_all)
         return

@@ -24,7 +24,6 @@ from deploy.process import Child, StackError, wait_until_healthy
 _POLL_S = 0.2
 _HOUSEKEEPING_S = 5.0
 _PAUSE_FIRST_S, _PAUSE_MOST_S, _GOOD_RUN_S = 0.5, 30.0, 60.0
-_SETTLE_S = 1.0  # a process without a port counts as started when it has lived this long
 _LOG_BYTES, _LOGS_KEPT = 10 * 1024 * 1024, 3
 _START_S = 120.0
 
@@ -81,8 +80,6 @@ class Supervisor:
         def problem() -> str | None:
             if self._stopping:
                 raise StackError("stopped while starting")
-            if not server.port and time.monotonic() - child.started < _SETTLE_S:
-                return "just started"
             return server.problem()
 
         wait_until_healthy(child, problem, self.log_path(server.name), _START_S)
@@ -102,7 +99,6 @@ class Supervisor:
     def run(self) -> None:
         """Watch until `request_stop`."""
         housekeeping = 0.0
-        self.write_state("up")
         while not self._stopping:
             changed = [self._look_after(watched) for group in self._groups for watched in group]
             if any(changed):

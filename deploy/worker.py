@@ -1,15 +1,18 @@
 """The worker process: `python -m dramatiq deploy.worker`. Brings the broker and every actor together."""
 
-import ai_triage.actors  # noqa: F401 - importing registers its actors
 import dramatiq
-import routing.actors  # noqa: F401 - importing registers its actors
-from routing.rules_file import load_rules
 
+import ai_triage.actors  # noqa: F401 - importing registers its actors
+import routing.actors  # noqa: F401 - importing registers its actors
+from deploy.process import die_with_parent
+from routing.rules_file import load_rules
 from storage import logs
 from storage.actors import Context, declare
 from storage.broker import make_broker
 from storage.settings import settings
 
+# dramatiq forks its workers: one whose master was killed must not go on alone.
+die_with_parent()
 logs.configure("worker")
 load_rules(settings().rules_file)  # a bad rule stops the start, with file, line and reason
 broker = make_broker(settings().broker_url)

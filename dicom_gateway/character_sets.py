@@ -35,6 +35,7 @@ _CODEC_OF_ESCAPE: dict[bytes, tuple[str, bool]] = {
 
 _NUMBERED = re.compile(r"ISO[ _-]*(?:2022)?[ _-]*(?:IR)?[ _-]*(\d+)$")
 _HIGH_RUN = re.compile(rb"[\x80-\xff]+")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,17 @@ def declared_codec(specific_character_set: str) -> str | None:
     return "utf_8" if term in ("UTF-8", "UTF8", "UNICODE") else None
 
 
+def _others(specific_character_set: str) -> list[str]:
+    return specific_character_set.split("\\")[1:]
+
+
 def choose(specific_character_set: str, values: Sequence[bytes]) -> TextReading:
     """How to read these values, given their label. Never raises: some reading is always possible."""
     declared = declared_codec(specific_character_set)
-    if not specific_character_set.split("\\", maxsplit=1)[0].strip() and "58" in specific_character_set:
-        declared = "gb18030"  # `\ISO 2022 IR 58`: ASCII first, Chinese by escapes (PS3.5 K.2)
+    if declared in (None, "ascii") and any(
+        declared_codec(term) == "gb18030" for term in _others(specific_character_set)
+    ):
+        declared = "gb18030"  # `\ISO 2022 IR 58`: ASCII, and Chinese by escapes (PS3.5 K.2), which some leave out
     high = [value for value in values if not value.isascii() and b"\x1b" not in value]
     if not high:
         return TextReading(declared or "ascii")
@@ -91,6 +98,9 @@ def choose(specific_character_set: str, values: Sequence[bytes]) -> TextReading:
         if utf_8 is not None and _weight(utf_8) > _weight(gb or ""):
             return TextReading("utf_8", UTF_8)
         return TextReading("gb18030")
+    if declared == "utf_8" and utf_8 is not None and not _weight(utf_8) and _weight(gb or "") >= 2:
+        # Two bytes of GBK are often two bytes of UTF-8 as well; then they spell a jumble of scripts.
+        return TextReading("utf_8") if _is_one_script(utf_8) else TextReading("gb18030", GB18030)
     if _all_decoded(high, declared) is not None:
         return TextReading(declared)
     if utf_8 is not None:
@@ -101,7 +111,7 @@ def choose(specific_character_set: str, values: Sequence[bytes]) -> TextReading:
 def _unlabelled(declared: str | None, high: list[bytes], utf_8: str | None, gb: str | None) -> TextReading:
     """No label, or the one that stands for none: let the bytes say what they are."""
     # Text that is valid UTF-8 by chance is rare, so UTF-8 gets one step of weight ahead of GB18030.
-    if utf_8 is not None and (gb is None or not _weight(gb) or _weight(utf_8) + 1 > _weight(gb)) and _weight(utf_8):
+    if utf_8 is not None and (_is_one_script(utf_8) or (_weight(utf_8) and _weight(utf_8) + 1 > _weight(gb or ""))):
         return TextReading("utf_8", UTF_8)
     if gb is not None and _weight(gb) >= 1 and not all(_is_latin(value) for value in high):
         return TextReading("gb18030", GB18030)
@@ -139,6 +149,17 @@ def _character_weight(character: str) -> int:
     return 1 if unicodedata.name(character, "").startswith("CJK UNIFIED IDEOGRAPH") else 0
 
 
+def _is_one_script(text: str) -> bool:
+    """Whether what is not ASCII spells words of one alphabet: accented letters among plain ones, or all of another."""
+    scripts = {unicodedata.name(c, "?").split()[0] for c in text if not c.isascii() and c.isalpha()}
+    if scripts == {"LATIN"}:
+        runs = list(_NOT_ASCII.finditer(text))
+        return all(
+            len(run[0]) <= 2 and (text[: run.start()][-1:].isalpha() or text[run.end() :][:1].isalpha()) for run in runs
+        )
+    return len(scripts) == 1 and not scripts & {"CJK", "?"} and len(_NOT_ASCII.findall(text)[0]) >= 3
+
+
 def _is_latin(value: bytes) -> bool:
     """Whether every run of high bytes looks like accented letters or signs in a word of Latin script."""
     for run in _HIGH_RUN.finditer(value):
@@ -152,7 +173,8 @@ def _is_latin(value: bytes) -> bool:
             else:  # C1 of ISO 8859, a quotation mark of Windows-1252
                 fits = before.isalpha() and after.isalpha()
         else:
-            fits = len(run[0]) == 2 and letters and before.isalpha() and after.isalpha()
+            begins_a_word = 0xC0 <= run[0][0] <= 0xDE and run[0][1] >= 0xDF  # a capital, then a small letter
+            fits = len(run[0]) == 2 and letters and after.isalpha() and (before.isalpha() or begins_a_word)
         if not fits:
             return False
     return True

@@ -75,7 +75,7 @@ VERSIONS: tuple[tuple[str, ...], ...] = (
         CREATE TABLE quarantine (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL CHECK (kind IN ('refused_data_set', 'variant', 'damaged', 'refused_by_centre',
-                'missing_at_centre')),
+                'missing_at_centre', 'report_refused')),
             subject TEXT NOT NULL,             -- SOP Instance UID, pack id or Study Instance UID
             reason TEXT NOT NULL,
             sha256 TEXT,                       -- of the kept bytes, for refused_data_set: quarantine/<sha256>
@@ -88,23 +88,37 @@ VERSIONS: tuple[tuple[str, ...], ...] = (
             UNIQUE (kind, subject, reason)
         )
         """,
-        # Written by dicom_gateway/returns.py.
+        # Reports on their way home; written by dicom_gateway/returns.py, which draws the states.
         """
         CREATE TABLE report_delivery (
             report_id INTEGER PRIMARY KEY,
             cursor INTEGER NOT NULL,
             study_instance_uid TEXT NOT NULL,
-            state TEXT NOT NULL,
-            pdf_path TEXT,
-            encapsulated_path TEXT,
-            sr_path TEXT,
+            item TEXT NOT NULL,                -- storage.wire.FeedItem, JSON
+            state TEXT NOT NULL CHECK (state IN ('announced', 'received', 'delivered')),
             received_at TEXT,
             delivered_at TEXT,
-            error TEXT NOT NULL DEFAULT '',
-            next_try_at TEXT
+            tries INTEGER NOT NULL DEFAULT 0,  -- in this state
+            error TEXT NOT NULL DEFAULT '',    -- why the last try did not do it
+            next_try_at_s REAL NOT NULL DEFAULT 0
         )
         """,
         "CREATE INDEX report_delivery_of_study ON report_delivery (study_instance_uid)",
+        "CREATE INDEX report_delivery_open ON report_delivery (cursor) WHERE state <> 'delivered'",
+        # What the centre must be told of them, until it has heard it.
+        """
+        CREATE TABLE report_acknowledgement (
+            report_id INTEGER NOT NULL REFERENCES report_delivery (report_id),
+            step TEXT NOT NULL,
+            at TEXT NOT NULL,
+            detail TEXT NOT NULL DEFAULT '',
+            tries INTEGER NOT NULL DEFAULT 0,
+            next_try_at_s REAL NOT NULL DEFAULT 0,
+            told_at TEXT,
+            PRIMARY KEY (report_id, step, detail)
+        )
+        """,
+        "CREATE INDEX report_acknowledgement_open ON report_acknowledgement (next_try_at_s) WHERE told_at IS NULL",
         "CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     ),
 )

@@ -35,7 +35,7 @@ _POLICY = "; ".join(
         "font-src 'self'",
         "connect-src 'self'",
         "worker-src 'self'",
-        "frame-src 'self'",
+        "frame-src 'self' blob:",
         "object-src 'self'",  # the signed PDF
         "form-action 'self'",
         "base-uri 'none'",

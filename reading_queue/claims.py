@@ -97,18 +97,19 @@ def claim(database: Database, case_id: int, person: Person, *, lease_s: int) -> 
         return Claim(case_id, fresh, until)
 
 
-def heartbeat(database: Database, case_id: int, person: Person, lease_token: str, *, lease_s: int) -> datetime:
-    """Keep the lease. Returns its new end. Raises LeaseLostError if the case is not this claim's any more."""
+def heartbeat(database: Database, case_id: int, person: Person, lease_token: str, *, lease_s: int) -> tuple[datetime, bool]:
+    """Keep the lease. Returns its new end, and whether images came since the claim. Raises LeaseLostError if the case is not this claim's any more."""
     with database.centre() as session:
-        until = session.execute(
+        row = session.execute(
             sa.update(Case)
             .where(held(case_id, person, lease_token))
             .values(lease_expires_at=sa.func.clock_timestamp() + timedelta(seconds=lease_s))
-            .returning(Case.lease_expires_at)
-        ).scalar_one_or_none()
-    if until is None:
+            .returning(Case.lease_expires_at, Case.new_images)
+        ).one_or_none()
+    if row is None:
         raise LeaseLostError("The case is not in your hands any more")
-    return until
+    until, new_images = row
+    return until, new_images
 
 
 def hand_back(database: Database, case_id: int, person: Person, lease_token: str) -> None:

@@ -17,6 +17,7 @@ from storage.errors import ConfigurationError
 
 BASE = "/viewer/"
 _MARKER = "rebased.json"
+_OUR_STYLES = ("/assets/webfonts/400.css", "/static/viewer.css")  # Noto Sans SC, and its use here
 
 # What a build of OHIF says about where it lives: in webpack's runtime (the application and each worker), in the style
 # sheet's fonts, and in the one import that bypasses webpack.
@@ -103,7 +104,8 @@ def entry_points(dist: Path) -> EntryPoints:
 def index_page(files: EntryPoints, *, config_url: str, title: str, language: str) -> str:
     """The page of one case's viewer. Without inline script, so that the policy needs no exception."""
     scripts = "".join(f'<script defer src="{BASE}{escape(name)}"></script>' for name in files.scripts)
-    styles = "".join(f'<link href="{BASE}{escape(name)}" rel="stylesheet">' for name in files.styles)
+    sheets = [BASE + name for name in files.styles] + list(_OUR_STYLES)
+    styles = "".join(f'<link href="{escape(sheet)}" rel="stylesheet">' for sheet in sheets)
     return (
         f'<!doctype html><html lang="{escape(language)}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -222,10 +222,10 @@ def keep_lease(
 ) -> Response:
     """Keep the lease alive. 409 `lease-lost`."""
     state = request.app.state
-    until = claims.heartbeat(
+    until, new_images = claims.heartbeat(
         state.database, case_id, person, lease.replace("\0", ""), lease_s=state.settings.lease_s
     )
-    return JSONResponse({"expires_at": until.isoformat()})
+    return JSONResponse({"expires_at": until.isoformat(), "new_images": new_images})
 
 
 @router.post("/cases/{case_id}/hand-back")

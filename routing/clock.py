@@ -205,13 +205,8 @@ class Clock:
 
     def note_silent_gateways(self) -> int:
         """One event when a gateway falls silent, one when it is heard again."""
-        newest = (
-            sa.select(Event.subject_id, Event.name)
-            .where(Event.name.in_((_SILENT, _HEARD)))
-            .distinct(Event.subject_id)
-            .order_by(Event.subject_id, Event.id.desc())
-            .subquery()
-        )
+        noted = sa.select(sa.func.max(Event.id)).where(Event.name.in_((_SILENT, _HEARD))).group_by(Event.subject_id)
+        newest = sa.select(Event.subject_id, Event.name).where(Event.id.in_(noted)).subquery()
         silent_for = timedelta(seconds=self._settings.gateway_silent_s)
         is_silent = Gateway.last_heartbeat_at < sa.func.clock_timestamp() - silent_for
         was_silent = sa.func.coalesce(newest.c.name == _SILENT, sa.false())

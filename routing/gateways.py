@@ -19,6 +19,7 @@ from storage.errors import ForbiddenError
 from storage.rows import Gateway, Site
 from storage.transitions import gateway_actor
 
+_CLOSE_S = 1.0
 _STATE = "client_certificate_sha256"
 
 
@@ -32,6 +33,18 @@ class CertificateProtocol(H11Protocol):
         digest = hashlib.sha256(certificate).hexdigest() if certificate else ""
         self.app_state = {**self.app_state, _STATE: digest}
         super().connection_made(transport)
+
+    def shutdown(self) -> None:
+        """The server stops: an idle connection is dropped, one with a request in it ends after the answer."""
+        super().shutdown()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """Close within a second where a close is due: a peer that says nothing to it would hold the stop for 30."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.loop.call_later(_CLOSE_S, self.transport.abort)
 
 
 @dataclass(frozen=True, slots=True)

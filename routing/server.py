@@ -13,6 +13,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -107,6 +108,10 @@ class IngestServer(uvicorn.Server):
             timeout_graceful_shutdown=_STOP_S,
         )
         super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop in order and exit with 0; uvicorn itself would end by the same signal again."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

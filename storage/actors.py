@@ -29,6 +29,8 @@ from storage.settings import Settings
 
 _LOG = structlog.get_logger()
 _RETRY_CEILING_S = 10.0
+_STOPPED_RETRY_S = 5.0
+"""A worker that stops interrupts its jobs first and its consumers after: at once, it would take its own job again."""
 _NOTE_FAILURE_FOR_S = 30.0
 _DEFAULT_TIME_LIMIT_S = 600.0
 
@@ -84,7 +86,7 @@ class Actor:
             finally:
                 heartbeat.stop()
         except Shutdown:
-            return _note_failure(context, job, "The worker was stopped", 0, log)
+            return _note_failure(context, job, "The worker was stopped", _STOPPED_RETRY_S, log)
         except RetryableError as error:
             asked = error.retry_after_s if isinstance(error, LinkError) else None
             return _note_failure(context, job, error.reason, _retry_after_s(asked), log)

@@ -27,6 +27,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=10,
             pool_pre_ping=True,  # the supervisor may have restarted the server
+            hide_parameters=True,  # an error's text ends in logs, and the values are patient data
             connect_args={
                 "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}"
                 f" -c lock_timeout={_LOCK_TIMEOUT_MS} -c timezone=UTC"

@@ -18,6 +18,7 @@ from storage.errors import IllegalTransitionError
 from storage.rows import Job
 
 MAX_STARTS = 3
+REPUBLISH_CEILING = timedelta(minutes=10)
 NOTIFY_CHANNEL = "yuanzhen_job"
 
 
@@ -104,19 +105,29 @@ def fail(database: Database, job_id: int, error: str, *, retry_after_s: float | 
 def take_publishable(session: Session, *, stale_s: float, limit: int = 500) -> list[tuple[int, str, str]]:
     """Jobs to publish now, as (id, queue, actor): new ones and those that stand still. Marks them published.
 
+    A job whose run fell silent stands still after `stale_s`. One that no worker took up may be waiting its turn in a
+    long queue: it is published again after `stale_s`, then ever more rarely, at least every REPUBLISH_CEILING, so
+    that a queue without workers does not fill with copies.
+
     The caller publishes, then commits: a crash between the two publishes twice, which `start` and `finish` bear.
     """
-    stale = sa.func.clock_timestamp() - timedelta(seconds=stale_s)
+    now = sa.func.clock_timestamp()
+    stale = timedelta(seconds=stale_s)
+    patience = sa.func.greatest(
+        sa.literal(stale, sa.Interval),
+        sa.func.least(Job.published_at - Job.run_after, sa.literal(REPUBLISH_CEILING, sa.Interval)),
+    )
     picked = (
         sa.select(Job.id)
         .where(
             Job.finished_at.is_(None),
             Job.parked_at.is_(None),
             Job.starts < MAX_STARTS,
-            Job.run_after <= sa.func.clock_timestamp(),
+            Job.run_after <= now,
             sa.or_(
                 Job.published_at.is_(None),
-                sa.func.greatest(Job.published_at, sa.func.coalesce(Job.started_at, Job.published_at)) < stale,
+                sa.and_(Job.started_at.is_(None), Job.published_at < now - patience),
+                sa.and_(Job.started_at < now - stale, Job.published_at < now - stale),
             ),
         )
         .order_by(Job.run_after)
@@ -124,10 +135,7 @@ def take_publishable(session: Session, *, stale_s: float, limit: int = 500) -> l
         .with_for_update(skip_locked=True)
     )
     rows = session.execute(
-        sa.update(Job)
-        .where(Job.id.in_(picked))
-        .values(published_at=sa.func.clock_timestamp())
-        .returning(Job.id, Job.queue, Job.actor)
+        sa.update(Job).where(Job.id.in_(picked)).values(published_at=now).returning(Job.id, Job.queue, Job.actor)
     ).all()
     return [(row[0], row[1], row[2]) for row in rows]
 

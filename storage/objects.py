@@ -24,6 +24,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 60.0
 _MISSING = {"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"}
 _COPY_BYTES = 1024 * 1024
+_PART_BYTES = 32 * 1024 * 1024
 
 
 @contextmanager
@@ -81,8 +82,8 @@ class Objects:
         if length is None:
             raise ValueError("size_bytes is needed for a stream")
         with _translated(key):
-            # part_size above the length: one plain PUT, no multipart (design §5).
-            self._client.put_object(self._bucket, key, stream, length, part_size=max(length, 5 * 1024 * 1024))
+            # A pack of usual size is one plain PUT; a larger one goes in parts, for minio-py holds each part in memory.
+            self._client.put_object(self._bucket, key, stream, length, part_size=_PART_BYTES)
 
     def put_locked(self, key: str, data: bytes) -> None:
         """Write an object that nobody can delete before its retention ends (S3 object lock)."""

@@ -99,6 +99,10 @@ def read_index(packed: bytes, trailer: bytes) -> PackIndex:
     if hashlib.sha256(packed).digest() != digest:
         raise MalformedDataSetError("Pack index does not match its digest")
     try:
+        # Where the frame states its size, zstandard allocates that much and disregards max_output_size.
+        stated = zstandard.get_frame_parameters(packed).content_size
+        if stated != zstandard.CONTENTSIZE_UNKNOWN and stated > MAX_INDEX_BYTES:
+            raise MalformedDataSetError(f"Pack index is larger than {MAX_INDEX_BYTES} bytes")
         text = zstandard.ZstdDecompressor().decompress(packed, max_output_size=MAX_INDEX_BYTES)
         return PackIndex.model_validate_json(text)
     except (zstandard.ZstdError, ValidationError) as error:

@@ -11,7 +11,6 @@ import pydicom
 from pydicom.data import get_testdata_file
 from sqlalchemy.orm import Session
 
-from deploy.demo_studies import data_set_bytes
 from storage import archive, packs, sidecar
 from storage.objects import Objects
 from storage.rows import Study
@@ -24,6 +23,12 @@ def real_file(name: str) -> Path:
     path = get_testdata_file(name, download=False)
     assert isinstance(path, str), f"{name} is not installed: pip install pydicom-data"
     return Path(path)
+
+
+def data_set_bytes(path: Path) -> bytes:
+    """The data set of a file as it travels in C-STORE: without preamble and file meta information (PS3.10 7.1)."""
+    length = pydicom.filereader.read_file_meta_info(path).FileMetaInformationGroupLength
+    return path.read_bytes()[128 + 4 + 12 + length :]
 
 
 def saved(data_set: pydicom.Dataset, path: Path) -> Path:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pydicom.encaps import get_frame
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from deploy.demo_studies import data_set_bytes
 from storage.database import Database
 from storage.dicomweb import frames, media_types, metadata, multipart, queries
 from storage.dicomweb.extents import Extents
@@ -23,7 +22,7 @@ from storage.dicomweb.multipart import Part
 from storage.dicomweb.queries import Level
 from storage.errors import MalformedDataSetError, NotFoundError
 from storage.objects import Objects
-from tests.archive_material import archive_files, real_file, saved
+from tests.archive_material import archive_files, data_set_bytes, real_file, saved
 from tests.centre import Sites
 
 ROOT = "/cases/1/dicomweb"

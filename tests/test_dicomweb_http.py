@@ -10,12 +10,11 @@ import pydicom
 import pytest
 from fastapi.routing import APIRoute
 
-from deploy.demo_studies import data_set_bytes
 from reading_queue import viewer
 from storage.database import Database
 from storage.objects import Objects
 from storage.settings import Settings
-from tests.archive_material import real_file
+from tests.archive_material import data_set_bytes, real_file
 from tests.centre import Sites
 from tests.viewer_web import Opened, Web, add_people, application, serving
 

@@ -28,6 +28,7 @@ from reading_queue.report_dicom import (
 )
 from storage.errors import ConfigurationError
 from storage.vocabulary import Conclusion
+from tests.peers import peer
 from tests.report_material import CONTENT, content
 
 STUDY = StudyIdentity(
@@ -89,8 +90,14 @@ def test_the_encapsulated_document_is_the_pdf_byte_for_byte(pdf: bytes) -> None:
 
 def test_identity_that_breaks_the_rules_goes_home_as_it_came() -> None:
     odd = StudyIdentity(
-        study_instance_uid="1.2.3", patient_name="x" * 100, patient_id="9" * 90, accession_number="A" * 40,
-        study_date="2026", study_time="soon", patient_sex="女", patient_age="45",
+        study_instance_uid="1.2.3",
+        patient_name="x" * 100,
+        patient_id="9" * 90,
+        accession_number="A" * 40,
+        study_date="2026",
+        study_time="soon",
+        patient_sex="女",
+        patient_age="45",
     )
     raw = encapsulate(PDF, odd, content())
     for value in (odd.patient_name, odd.patient_id, odd.accession_number, odd.study_date, odd.study_time):
@@ -189,12 +196,11 @@ def test_escape_and_other_controls_cannot_switch_the_character_set() -> None:
     assert sections(read(raw))["59776-5"].TextValue == "a[U+001B]$)Cb[U+0000]c"
 
 
-@pytest.mark.peer("dcmtk")
 @pytest.mark.parametrize("character_set", CHARACTER_SETS)
 def test_dcmtk_reads_the_structured_report(character_set: str, tmp_path: Path) -> None:
     path = tmp_path / "report.dcm"
     path.write_bytes(structured_report(STUDY, content(), INSTANCES, character_set=character_set))
-    said = subprocess.run(["/usr/bin/dsrdump", path], check=False, capture_output=True)
+    said = subprocess.run([Path(peer("dcmtk")).with_name("dsrdump"), path], check=False, capture_output=True)
     assert said.returncode == 0, said.stderr
     assert b"E: " not in said.stderr
     assert b"Basic Text SR" in said.stdout

@@ -21,16 +21,22 @@ from reading_queue.report_pdf import (
 )
 from storage.errors import ConfigurationError
 from storage.vocabulary import Conclusion
+from tests.peers import peer
 from tests.report_material import content, fonts_dir
 
 __all__ = ["fonts_dir"]
+
+
+def poppler(program: str) -> Path:
+    """A program of poppler-utils; skips the test where that is not installed."""
+    return Path(peer("poppler-utils")).with_name(program)
 
 
 def text_of(pdf: bytes, tmp_path: Path) -> str:
     """The text of all pages as poppler reads it."""
     path = tmp_path / "report.pdf"
     path.write_bytes(pdf)
-    return subprocess.run(["pdftotext", "-layout", path, "-"], check=True, capture_output=True).stdout.decode()
+    return subprocess.run([poppler("pdftotext"), "-layout", path, "-"], check=True, capture_output=True).stdout.decode()
 
 
 def squeezed(text: str) -> str:
@@ -52,7 +58,7 @@ def check_pdf_a(pdf: bytes, tmp_path: Path) -> None:
         intents = document.Root.OutputIntents
         assert [str(intent.S) for intent in intents] == ["/GTS_PDFA1"]
         assert "/DestOutputProfile" in intents[0]
-    fonts = subprocess.run(["pdffonts", path], check=True, capture_output=True, text=True).stdout.splitlines()[2:]
+    fonts = subprocess.run([poppler("pdffonts"), path], check=True, capture_output=True, text=True).stdout.splitlines()[2:]
     assert fonts
     for line in fonts:  # columns from the right: object (2), unicode, subset, embedded
         assert line.split()[-5] == "yes", line
@@ -161,7 +167,7 @@ def test_a_word_without_breaks_stays_on_the_page(fonts_dir: Path, tmp_path: Path
     pdf = render_pdf(wide, fonts_dir)
     path = tmp_path / "wide.pdf"
     path.write_bytes(pdf)
-    boxes = subprocess.run(["pdftotext", "-bbox", path, "-"], check=True, capture_output=True, text=True).stdout
+    boxes = subprocess.run([poppler("pdftotext"), "-bbox", path, "-"], check=True, capture_output=True, text=True).stdout
     rights = [float(line.split('xMax="')[1].split('"')[0]) for line in boxes.splitlines() if "<word " in line]
     assert max(rights) < 595.28 - 40  # A4's width, the margin less rounding
 

@@ -26,7 +26,7 @@ from reading_queue.signing import (
 )
 from storage.errors import ConfigurationError, SignatureInvalidError
 from tests.report_material import CONTENT, PIN, READER, content, fonts_dir, pki, reader_key, self_made_key
-from tests.test_report_pdf import check_pdf_a
+from tests.test_report_pdf import check_pdf_a, poppler
 
 __all__ = ["fonts_dir", "pki", "reader_key"]
 
@@ -48,9 +48,7 @@ def signed(fonts_dir: Path, reader_key: Callable[[str], bytes]) -> bytes:
 def twice_signed(fonts_dir: Path, reader_key: Callable[[str], bytes]) -> bytes:
     one = author_signs(render_pdf(content(reviewer_name=REVIEWER), fonts_dir), reader_key(READER), fonts_dir)
     signer = Pkcs12Signer(reader_key(REVIEWER), PIN, fonts_dir=fonts_dir)
-    return signer.sign(
-        one, field="Reviewer", name=REVIEWER, at=CONTENT.signed_at, box=SIGNATURE_BOXES["Reviewer"]
-    )
+    return signer.sign(one, field="Reviewer", name=REVIEWER, at=CONTENT.signed_at, box=SIGNATURE_BOXES["Reviewer"])
 
 
 def test_a_signed_report_says_who_signed_and_when(signed: bytes, pki: Pki) -> None:
@@ -75,7 +73,7 @@ def test_a_signed_report_is_still_pdf_a(signed: bytes, twice_signed: bytes, tmp_
 def test_the_stamp_shows_name_and_time(signed: bytes, tmp_path: Path) -> None:
     path = tmp_path / "signed.pdf"
     path.write_bytes(signed)
-    text = subprocess.run(["pdftotext", path, "-"], check=True, capture_output=True).stdout.decode()
+    text = subprocess.run([poppler("pdftotext"), path, "-"], check=True, capture_output=True).stdout.decode()
     assert READER in text
     assert "电子签名 Digitally signed" in text
 
@@ -83,7 +81,7 @@ def test_the_stamp_shows_name_and_time(signed: bytes, tmp_path: Path) -> None:
 def test_poppler_agrees(twice_signed: bytes, pki: Pki, tmp_path: Path) -> None:
     path = tmp_path / "signed.pdf"
     path.write_bytes(twice_signed)
-    said = subprocess.run(["pdfsig", "-nocert", path], check=False, capture_output=True, text=True).stdout
+    said = subprocess.run([poppler("pdfsig"), "-nocert", path], check=False, capture_output=True, text=True).stdout
     assert said.count("Signature is Valid.") == 2
     assert said.count("ETSI.CAdES.detached") == 2
     assert "Total document signed" in said

@@ -12,15 +12,16 @@ import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from pydicom.uid import EncapsulatedPDFStorage
 
-from reading_queue import auth, problems
-from reading_queue.viewer import router
+from reading_queue import auth, problems, viewer
 from storage.database import Database
 from storage.objects import Objects
 from storage.rows import Account, Event, ReaderGrant
 from storage.settings import Settings
 from storage.vocabulary import Role
-from tests.archive_material import archive_files
+from tests.archive_material import archive_files, real_file, saved
 from tests.centre import Sites, add_case
 
 
@@ -141,8 +142,10 @@ def serving(app: FastAPI) -> Iterator[str]:
 def application(database: Database, objects: Objects, configuration: Settings) -> FastAPI:
     app = FastAPI()
     app.include_router(auth.router)
-    app.include_router(router)
+    app.include_router(viewer.router)
     problems.install(app)
+    app.mount("/static", StaticFiles(directory=Path(viewer.__file__).parent / "static"))
+    app.mount("/assets", StaticFiles(directory=configuration.assets_dir, check_dir=False))
     app.state.database, app.state.objects, app.state.settings = database, objects, configuration
     return app
 
@@ -156,3 +159,34 @@ def routes_of(router: APIRouter) -> list[APIRoute]:
         elif isinstance(inner := getattr(route, "original_router", None), APIRouter):
             found.extend(routes_of(inner))
     return found
+
+
+def encapsulated_pdf(path: Path) -> Path:
+    """An Encapsulated PDF (PS3.3 A.45.1) with one line of text, as a file."""
+    stream = b"BT /F1 36 Tf 72 700 Td (Encapsulated PDF) Tj ET"
+    bodies = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    out = b"%PDF-1.7\n"
+    places = []
+    for number, body in enumerate(bodies, 1):
+        places.append(len(out))
+        out += b"%d 0 obj%s endobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    out += b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        table,
+        len(out),
+    )
+    out += b"\n" + b"%" * 1024  # above what metadata carries inline
+    data_set = pydicom.dcmread(real_file("reportsi.dcm"))
+    data_set.SOPClassUID = data_set.file_meta.MediaStorageSOPClassUID = EncapsulatedPDFStorage
+    data_set.Modality = "DOC"
+    del data_set.ContentSequence
+    data_set.MIMETypeOfEncapsulatedDocument = "application/pdf"
+    data_set.EncapsulatedDocumentLength = len(out)
+    data_set.EncapsulatedDocument = out + b"\0" * (len(out) % 2)
+    return saved(data_set, path)
