@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from ai_triage.untrusted import DAMAGED
 from storage.errors import MalformedDataSetError
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -76,6 +77,13 @@ def read_electrocardiogram(dataset: Dataset) -> Electrocardiogram:
         MalformedDataSetError: no waveform, a sample format other than 16 bit signed (PS3.3 A.34.3), lengths that do
             not agree, no sensitivity, or leads missing.
     """
+    try:
+        return _electrocardiogram(dataset)
+    except DAMAGED as error:
+        raise MalformedDataSetError(f"The waveform cannot be read: {type(error).__name__}") from error
+
+
+def _electrocardiogram(dataset: Dataset) -> Electrocardiogram:
     groups = dataset.get("WaveformSequence") or []
     if not groups:
         raise MalformedDataSetError("The data set has no waveform")

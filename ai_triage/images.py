@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_rescale
 from pydicom.uid import UID
 
 from ai_triage.untrusted import DAMAGED
@@ -83,19 +82,27 @@ def grey_image(dataset: Dataset) -> NDArray[np.float32]:
         MalformedDataSetError: no single grey image, larger than MAX_PIXELS, or not decodable.
     """
     try:
-        rows, columns = _checked(dataset)
-        decoder = get_decoder(UID(str(dataset.file_meta.TransferSyntaxUID)))
-        stored, _ = decoder.as_array(dataset, index=0, raw=True)
+        return _grey(dataset, *_checked(dataset))
     except DAMAGED as error:
         raise MalformedDataSetError(f"The image cannot be decoded: {type(error).__name__}") from error
+
+
+def _grey(dataset: Dataset, rows: int, columns: int) -> NDArray[np.float32]:
+    stored, _ = get_decoder(UID(str(dataset.file_meta.TransferSyntaxUID))).as_array(dataset, index=0, raw=True)
     if stored.shape != (rows, columns):
         raise MalformedDataSetError(f"The image decodes to {stored.shape}, not {rows} x {columns}")
-    values: NDArray[np.float32] = np.asarray(apply_rescale(stored, dataset), dtype=np.float32)
+    slope, intercept = (float(dataset.get(f"Rescale{part}") or 0) for part in ("Slope", "Intercept"))
+    # In place and in single precision: the largest image allowed takes 400 MB here, and not three times as much.
+    values: NDArray[np.float32] = stored.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # an impossible slope is found out below
+        values *= np.float32(slope or 1.0)
+        values += np.float32(intercept)
     if not np.isfinite(values).all():
         raise MalformedDataSetError("The image's rescale slope or intercept is impossible")
-    padding = stored == dataset.PixelPaddingValue if "PixelPaddingValue" in dataset else None
     if str(dataset.get("PhotometricInterpretation")) == "MONOCHROME1":
-        values = -values
-    if padding is not None and padding.any() and not padding.all():
-        values = np.where(padding, values[~padding].min(), values)
+        np.negative(values, out=values)
+    if "PixelPaddingValue" in dataset:
+        padding = stored == dataset.PixelPaddingValue
+        if padding.any() and not padding.all():
+            values[padding] = values[~padding].min()
     return values

@@ -7,7 +7,7 @@ modality sent. Only positive findings are called present; nothing is ever called
 import io
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -90,7 +90,7 @@ def _stamp(dataset: Dataset, identity: StudyIdentity) -> None:
 
 def _evidence(identity: StudyIdentity, source: SourceInstance) -> Dataset:
     dataset = Dataset()
-    _stamp(dataset, identity)
+    _stamp(dataset, replace(identity, patient_name=""))  # highdicom warns of odd names, quoting them into the log
     dataset.SOPClassUID = source.sop_class_uid
     dataset.SOPInstanceUID = source.sop_instance_uid
     dataset.SeriesInstanceUID = source.series_instance_uid
@@ -188,7 +188,7 @@ def structured_report(
         is_complete=True,
         is_final=False,  # no person looked at it
     )
-    _stamp(report, identity)  # highdicom copies names as bytes of the sender's character set
+    _stamp(report, identity)
     waveforms = [source for source in sources if source.modality == "ECG"]
     if waveforms:
         _reference_waveforms(report, waveforms)

@@ -10,7 +10,7 @@ import struct
 import pydicom
 from pydicom import config as pydicom_config
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from storage import archive, dataset
 from storage.errors import MalformedDataSetError
@@ -32,6 +32,7 @@ DAMAGED = (
     MemoryError,
     struct.error,
     InvalidDicomError,
+    BytesLengthException,
 )
 
 
@@ -51,13 +52,15 @@ def prepare_worker(memory_limit_bytes: int | None = None) -> None:
 def parse_data_set(data: bytes, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Dataset:
     """A data set as received (no file meta information) as pydicom has it; pixel data is not decoded.
 
+    An element whose value cannot be read counts as absent.
+
     Raises:
         MalformedDataSetError: it cannot be read, or inflates beyond bounds.
     """
     if transfer_syntax_uid in dataset.DEFLATED_SYNTAXES:
         data, transfer_syntax_uid = bytes(dataset.inflate(data)), EXPLICIT_VR_LITTLE_ENDIAN
     try:
-        return pydicom.dcmread(
+        parsed = pydicom.dcmread(
             io.BytesIO(
                 archive.part10(
                     data,
@@ -67,5 +70,20 @@ def parse_data_set(data: bytes, *, sop_class_uid: str, sop_instance_uid: str, tr
                 )
             )
         )
+        _drop_unreadable(parsed)
     except DAMAGED as error:
         raise MalformedDataSetError(f"The data set cannot be read: {type(error).__name__}") from error
+    return parsed
+
+
+def _drop_unreadable(parsed: Dataset) -> None:
+    """Read every value once: pydicom reads them when asked, and would raise in the middle of a model."""
+    for tag in list(parsed.keys()):
+        try:
+            element = parsed[tag]
+        except DAMAGED:
+            del parsed[tag]
+            continue
+        if element.VR == "SQ":
+            for item in element.value:
+                _drop_unreadable(item)

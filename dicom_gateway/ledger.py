@@ -48,7 +48,7 @@ class Ledger:
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._gate = threading.Lock()
         self._closed = False
-        self._writer = self._connect()
+        self._writer = self._open()
         self._prepare()
         for _ in range(_READERS):
             self._readers.put(self._connect())
@@ -58,19 +58,27 @@ class Ledger:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10.0)
         connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-            connection.execute(f"PRAGMA {pragma}").close()
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+                connection.execute(f"PRAGMA {pragma}").close()
+        except sqlite3.Error:
+            connection.close()
+            raise
         return connection
 
-    def _prepare(self) -> None:
+    def _open(self) -> sqlite3.Connection:
         try:
-            verdict = self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]
+            connection = self._connect()
+            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:
             verdict = str(error)
         if verdict != "ok":
             raise ConfigurationError(
                 f"{self._path}: the spool's database is damaged ({verdict}); restore it, keep objects/"
             )
+        return connection
+
+    def _prepare(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version > len(VERSIONS):
             raise ConfigurationError(

@@ -5,6 +5,7 @@ pynetdicom is given three things it lacks: PDUs are bounded before they are read
 acknowledgements are off (a DCMTK sender with Nagle's algorithm otherwise waits 40 ms for each image).
 """
 
+import contextlib
 import hashlib
 import logging
 import socket
@@ -176,9 +177,13 @@ class StorageScp:
 
     def _on_transition(self, event: Any) -> None:
         """PS3.8 Table 9-10 Evt19: unrecognized or invalid PDU. pynetdicom aborts (AA-1, AA-8)."""
-        if event.fsm_event == "Evt19":
+        if event.fsm_event == "Evt19" and event.current_state != "Sta13":  # Sta13: the rest of what was cut off
             self._count("not_dicom")
             log.warning("not DICOM", action="scp.not_dicom", peer=event.assoc.requestor.address)
+            connection = event.assoc.dul.socket.socket
+            if connection is not None:
+                with contextlib.suppress(OSError):  # the peer was quicker
+                    connection.shutdown(socket.SHUT_RD)  # what else it sends must not be waited for
 
     def _on_store(self, event: Any) -> Dataset:
         with self._counting:

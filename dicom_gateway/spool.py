@@ -28,10 +28,10 @@ from pathlib import Path
 
 import structlog
 
-from dicom_gateway.content import content_digests
 from dicom_gateway.ledger import Ledger
 from dicom_gateway.quarantine import note_quarantine, now
 from dicom_gateway.settings import GatewaySettings
+from storage.content import content_digests
 from storage.dataset import Data
 from storage.errors import (
     ConfigurationError,

@@ -92,7 +92,10 @@ def sign_in(database: Database, username: str, password: str, *, life_s: int) ->
                 # A lock that has ended starts the count anew.
                 failed_logins=sa.case((Account.locked_until.is_(None), Account.failed_logins + 1), else_=1),
                 locked_until=sa.case(
-                    (sa.and_(Account.locked_until.is_(None), Account.failed_logins + 1 >= MAX_FAILURES), now + LOCK_FOR),
+                    (
+                        sa.and_(Account.locked_until.is_(None), Account.failed_logins + 1 >= MAX_FAILURES),
+                        now + LOCK_FOR,
+                    ),
                     else_=None,
                 ),
             )
@@ -104,12 +107,8 @@ def sign_in(database: Database, username: str, password: str, *, life_s: int) ->
         return None
     token = secrets.token_urlsafe(32)
     with database.centre() as session:
-        session.execute(
-            sa.update(Account).where(Account.id == attempt.id).values(failed_logins=0, locked_until=None)
-        )
-        session.execute(
-            sa.delete(WebSession).where(WebSession.account_id == attempt.id, WebSession.expires_at < now)
-        )
+        session.execute(sa.update(Account).where(Account.id == attempt.id).values(failed_logins=0, locked_until=None))
+        session.execute(sa.delete(WebSession).where(WebSession.account_id == attempt.id, WebSession.expires_at < now))
         session.execute(
             sa.insert(WebSession).values(
                 token_sha256=_digest(token),
@@ -127,7 +126,7 @@ def sign_in(database: Database, username: str, password: str, *, life_s: int) ->
 
 
 def _note_refusal(database: Database, username: str) -> None:
-    """On the account's site; for a name nobody has, on the centre's. What was typed is not kept: it may be a password."""
+    """On the account's site; for a name nobody has, the centre's. What was typed is not kept: it may be a password."""
     with database.centre() as session:
         known = session.execute(
             sa.select(Account.id, Account.site_id).where(Account.username == username)
@@ -277,7 +276,9 @@ def do_sign_out(request: Request, person: Person = Depends(require())) -> Respon
 @router.get("/session")
 def session_facts(person: Person = Depends(require())) -> Response:
     """For a page whose sign-in ended while somebody typed: who is signed in now, and the token to go on with."""
-    return JSONResponse({"account_id": person.account_id, "csrf": person.csrf_token}, headers={"Cache-Control": "no-store"})
+    return JSONResponse(
+        {"account_id": person.account_id, "csrf": person.csrf_token}, headers={"Cache-Control": "no-store"}
+    )
 
 
 @router.get("/language/{language}", dependencies=[Depends(anyone)])
@@ -285,7 +286,5 @@ def choose_language(request: Request, language: Language, next: str = "/") -> Re
     """Remember the language. It changes nothing but this browser's cookie, so a plain link will do."""
     answer = RedirectResponse(local_path(next), 303)
     secure = request.app.state.settings.web_secure_cookies
-    answer.set_cookie(
-        LANGUAGE_COOKIE, language, max_age=_LANGUAGE_LIFE_S, httponly=True, secure=secure, samesite="lax"
-    )
+    answer.set_cookie(LANGUAGE_COOKIE, language, max_age=_LANGUAGE_LIFE_S, httponly=True, secure=secure, samesite="lax")
     return answer

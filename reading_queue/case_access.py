@@ -6,9 +6,10 @@ all. Anybody else gets "not found", as if there were no such case, and an event 
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Annotated
 
 import sqlalchemy as sa
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 from sqlalchemy.orm import Session
 
 from reading_queue.auth import Person, require
@@ -20,6 +21,7 @@ from storage.transitions import account_actor, note_outside_study
 from storage.vocabulary import COUNTY_ROLES, Role
 
 ACCESS_REFUSED = "access.refused"
+CaseId = Annotated[int, Path(ge=1, lt=2**63)]  # what PostgreSQL's bigint holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def dicomweb_root(case_id: int) -> str:
 
 
 def case_access(
-    case_id: int,
+    case_id: CaseId,
     request: Request,
     person: Person = Depends(require(Role.READER, Role.QUALITY, Role.RADIOGRAPHER, Role.CLINICIAN)),
 ) -> CaseAccess:

@@ -43,6 +43,12 @@ def granted(person: Person) -> sa.ColumnElement[bool]:
     )
 
 
+def check_granted(session: Session, case_id: int, person: Person) -> None:
+    """Raises NotFoundError for a case that this reader may not read, or that is none."""
+    if session.scalar(sa.select(Case.id).where(Case.id == case_id, granted(person))) is None:
+        raise NotFoundError("No such case here")
+
+
 def held(case_id: int, person: Person, lease_token: str) -> sa.ColumnElement[bool]:
     """Condition on Case: this claim still holds it."""
     return sa.and_(
@@ -97,8 +103,13 @@ def claim(database: Database, case_id: int, person: Person, *, lease_s: int) -> 
         return Claim(case_id, fresh, until)
 
 
-def heartbeat(database: Database, case_id: int, person: Person, lease_token: str, *, lease_s: int) -> tuple[datetime, bool]:
-    """Keep the lease. Returns its new end, and whether images came since the claim. Raises LeaseLostError if the case is not this claim's any more."""
+def heartbeat(
+    database: Database, case_id: int, person: Person, lease_token: str, *, lease_s: int
+) -> tuple[datetime, bool]:
+    """Keep the lease. Returns its new end, and whether images came since the claim.
+
+    Raises LeaseLostError if the case is not this claim's any more.
+    """
     with database.centre() as session:
         row = session.execute(
             sa.update(Case)
@@ -106,10 +117,9 @@ def heartbeat(database: Database, case_id: int, person: Person, lease_token: str
             .values(lease_expires_at=sa.func.clock_timestamp() + timedelta(seconds=lease_s))
             .returning(Case.lease_expires_at, Case.new_images)
         ).one_or_none()
-    if row is None:
+    if row is None or row[0] is None:
         raise LeaseLostError("The case is not in your hands any more")
-    until, new_images = row
-    return until, new_images
+    return row[0], row[1]
 
 
 def hand_back(database: Database, case_id: int, person: Person, lease_token: str) -> None:

@@ -24,6 +24,7 @@ from storage.vocabulary import CaseState, Conclusion, ReportState, Role, StudySt
 
 router = APIRouter()
 COUNTY = require(Role.RADIOGRAPHER, Role.CLINICIAN)
+_STANDING = (ReportState.SIGNED, ReportState.RECEIVED, ReportState.DELIVERED)
 _MAX_ROWS = 200
 _SILENT = timedelta(minutes=5)  # a gateway says something every half minute
 _LOW_DISK_BYTES = 10 * 1000**3
@@ -54,9 +55,7 @@ class CountyRow:
     def critical(self) -> bool:
         """A critical value that nobody here has opened yet."""
         return (
-            self.report is not None
-            and self.report.conclusion is Conclusion.CRITICAL
-            and self.report.opened_at is None
+            self.report is not None and self.report.conclusion is Conclusion.CRITICAL and self.report.opened_at is None
         )
 
 
@@ -115,18 +114,18 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
         report.study_id: report
         for report in session.scalars(
             sa.select(Report)
-            .where(Report.study_id.in_(ids), Report.state.in_((ReportState.SIGNED, ReportState.RECEIVED, ReportState.DELIVERED)))
+            .where(Report.study_id.in_(ids), Report.state.in_(_STANDING))
             .order_by(Report.version)
         )
     }  # fmt: skip
-    on_the_way = dict(
+    on_the_way: dict[int, int] = dict(
         session.execute(
             sa.select(Upload.study_id, sa.func.sum(sa.func.jsonb_array_length(Upload.plan["digests"])))
             .where(Upload.study_id.in_(ids), Upload.state != UploadState.RECEIPTED)
             .group_by(Upload.study_id)
         ).tuples()
     )
-    completed = dict(
+    completed: dict[int | None, datetime] = dict(
         session.execute(
             sa.select(Event.study_id, sa.func.max(Event.at))
             .where(Event.study_id.in_(ids), Event.name == Transition.STUDY_COMPLETED.event_name)
@@ -152,6 +151,7 @@ def _gateways(session: Session, now: datetime) -> list[dict[str, Any]]:
     shown = []
     for gateway in session.scalars(sa.select(Gateway).order_by(Gateway.id)):
         beat = gateway.heartbeat or {}
+        low_disk = beat.get("out_of_space", False) or beat.get("free_disk_bytes", _LOW_DISK_BYTES) < _LOW_DISK_BYTES
         shown.append(
             {
                 "name": gateway.name,
@@ -159,7 +159,7 @@ def _gateways(session: Session, now: datetime) -> list[dict[str, Any]]:
                 "online": gateway.last_heartbeat_at is not None and now - gateway.last_heartbeat_at < _SILENT,
                 "unsent": beat.get("unsent_instances"),
                 "free_gb": round(beat["free_disk_bytes"] / 1000**3) if "free_disk_bytes" in beat else None,
-                "low_disk": beat.get("out_of_space", False) or beat.get("free_disk_bytes", _LOW_DISK_BYTES) < _LOW_DISK_BYTES,
+                "low_disk": low_disk,
                 "quarantined": beat.get("quarantined", 0),
             }
         )  # fmt: skip
@@ -239,13 +239,9 @@ def _note_opened(session: Session, report: Report, person: Person) -> None:
     first = session.execute(
         sa.update(Report)
         .where(Report.id == report.id, Report.opened_by.is_(None))
-        .values(
-            opened_at=sa.func.coalesce(Report.opened_at, sa.func.clock_timestamp()), opened_by=person.account_id
-        )
+        .values(opened_at=sa.func.coalesce(Report.opened_at, sa.func.clock_timestamp()), opened_by=person.account_id)
         .returning(Report.id)
     ).scalar_one_or_none()
     if first is not None:
         actor = account_actor(person.account_id)
-        note(
-            session, report.study_id, "report.opened", subject=Report.__tablename__, subject_id=report.id, actor=actor
-        )
+        note(session, report.study_id, "report.opened", subject=Report.__tablename__, subject_id=report.id, actor=actor)

@@ -9,9 +9,10 @@ import gzip
 import itertools
 import json
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError
@@ -65,6 +66,8 @@ class _ProblemRoute(APIRoute):
             except YuanzhenError as error:
                 _, status, kind, title = next(row for row in _STATUS if isinstance(error, row[0]))
                 return _problem(status, kind, title, error.reason)
+            except RequestValidationError:
+                return _problem(404, "not-found", "Not found", "The address names nothing that can be here")
             except OperationalError:
                 return _problem(503, "unavailable", "Not available now", "The database did not answer")
 
@@ -72,6 +75,7 @@ class _ProblemRoute(APIRoute):
 
 
 router = APIRouter(prefix="/cases/{case_id}/dicomweb", route_class=_ProblemRoute, tags=["DICOMweb"])
+Uid = Annotated[str, Path(pattern=r"^[0-9.]{1,64}$")]
 _STUDY = "/studies/{study}"
 _SERIES = _STUDY + "/series/{series}"
 _INSTANCE = _SERIES + "/instances/{instance}"
@@ -164,19 +168,19 @@ def search_all_instances(request: Request, access: CaseAccess = Depends(case_acc
 
 
 @router.get(_STUDY + "/series")
-def search_series(request: Request, study: str, access: CaseAccess = Depends(case_access)) -> Response:
+def search_series(request: Request, study: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Search for a study's Series."""
     return _query(request, access, Level.SERIES, study)
 
 
 @router.get(_STUDY + "/instances")
-def search_study_instances(request: Request, study: str, access: CaseAccess = Depends(case_access)) -> Response:
+def search_study_instances(request: Request, study: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Search for a study's Instances."""
     return _query(request, access, Level.INSTANCE, study)
 
 
 @router.get(_SERIES + "/instances")
-def search_instances(request: Request, study: str, series: str, access: CaseAccess = Depends(case_access)) -> Response:
+def search_instances(request: Request, study: Uid, series: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Search for a series' Instances."""
     return _query(request, access, Level.INSTANCE, study, series)
 
@@ -187,20 +191,20 @@ def _metadata(request: Request, access: CaseAccess, found: Sequence[StoredInstan
 
 
 @router.get(_STUDY + "/metadata")
-def study_metadata(request: Request, study: str, access: CaseAccess = Depends(case_access)) -> Response:
+def study_metadata(request: Request, study: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Metadata of every instance of a study."""
     return _metadata(request, access, _find(request, access, study))
 
 
 @router.get(_SERIES + "/metadata")
-def series_metadata(request: Request, study: str, series: str, access: CaseAccess = Depends(case_access)) -> Response:
+def series_metadata(request: Request, study: Uid, series: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Metadata of every instance of a series."""
     return _metadata(request, access, _find(request, access, study, series))
 
 
 @router.get(_INSTANCE + "/metadata")
 def instance_metadata(
-    request: Request, study: str, series: str, instance: str, access: CaseAccess = Depends(case_access)
+    request: Request, study: Uid, series: Uid, instance: Uid, access: CaseAccess = Depends(case_access)
 ) -> Response:
     """Metadata of one instance."""
     return _metadata(request, access, _find(request, access, study, series, instance))
@@ -209,9 +213,9 @@ def instance_metadata(
 @router.get(_INSTANCE + "/frames/{frame_list}")
 def retrieve_frames(
     request: Request,
-    study: str,
-    series: str,
-    instance: str,
+    study: Uid,
+    series: Uid,
+    instance: Uid,
     frame_list: str,
     access: CaseAccess = Depends(case_access),
 ) -> Response:
@@ -232,7 +236,7 @@ def retrieve_frames(
 
 @router.get(_INSTANCE + "/bulkdata/{path:path}")
 def retrieve_bulk_data(
-    request: Request, study: str, series: str, instance: str, path: str, access: CaseAccess = Depends(case_access)
+    request: Request, study: Uid, series: Uid, instance: Uid, path: str, access: CaseAccess = Depends(case_access)
 ) -> Response:
     """A large value, by the address that the metadata gives for it."""
     (stored,) = _find(request, access, study, series, instance)
@@ -277,20 +281,20 @@ def _retrieve(request: Request, found: Sequence[StoredInstance], *, single: bool
 
 
 @router.get(_STUDY)
-def retrieve_study(request: Request, study: str, access: CaseAccess = Depends(case_access)) -> Response:
+def retrieve_study(request: Request, study: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Every instance of a study."""
     return _retrieve(request, _find(request, access, study), single=False)
 
 
 @router.get(_SERIES)
-def retrieve_series(request: Request, study: str, series: str, access: CaseAccess = Depends(case_access)) -> Response:
+def retrieve_series(request: Request, study: Uid, series: Uid, access: CaseAccess = Depends(case_access)) -> Response:
     """Every instance of a series."""
     return _retrieve(request, _find(request, access, study, series), single=False)
 
 
 @router.get(_INSTANCE)
 def retrieve_instance(
-    request: Request, study: str, series: str, instance: str, access: CaseAccess = Depends(case_access)
+    request: Request, study: Uid, series: Uid, instance: Uid, access: CaseAccess = Depends(case_access)
 ) -> Response:
     """One instance."""
     return _retrieve(request, _find(request, access, study, series, instance), single=True)

@@ -28,18 +28,21 @@ class ShownFinding:
 
 def shown_findings(session: Session, case_ids: Iterable[int]) -> dict[int, list[ShownFinding]]:
     """Flags of each case, surest first, from each model's newest run."""
-    newest = (
+    newest_first = (
         sa.select(TriageRun)
         .where(
             TriageRun.case_id.in_(list(case_ids)),
             TriageRun.state == RunState.DONE,
             TriageRun.mode == RunMode.ACTIVE,
         )
-        .distinct(TriageRun.case_id, TriageRun.model_name)
-        .order_by(TriageRun.case_id, TriageRun.model_name, TriageRun.study_version.desc(), TriageRun.id.desc())
+        .order_by(TriageRun.study_version.desc(), TriageRun.id.desc())
     )
     shown: dict[int, list[ShownFinding]] = {}
-    for run in session.scalars(newest):
+    seen: set[tuple[int, str]] = set()
+    for run in session.scalars(newest_first):
+        if (run.case_id, run.model_name) in seen:
+            continue
+        seen.add((run.case_id, run.model_name))
         for finding in run.findings:
             if finding["positive"]:
                 one = ShownFinding(

@@ -8,7 +8,7 @@ import tomllib
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 from fastapi import Request
@@ -47,8 +47,9 @@ def t(key: str, language: Language, **values: object) -> str:
 def language_of(request: Request) -> Language:
     """The remembered choice, else the browser's first of ours (RFC 9110 12.5.4, by its q values), else Chinese."""
     chosen = request.cookies.get(LANGUAGE_COOKIE)
-    if chosen in LANGUAGES:
-        return cast(Language, chosen)
+    for language in LANGUAGES:
+        if chosen == language:
+            return language
     best: tuple[float, Language] = (0.0, "zh")
     for part in request.headers.get("accept-language", "")[:256].split(","):
         tag, _, weight = part.strip().partition(";q=")
@@ -65,6 +66,18 @@ def language_of(request: Request) -> Language:
 def local_minute(moment: datetime | None, time_zone: str) -> str:
     """`2026-11-23 14:05` in the centre's zone; "" for None."""
     return "" if moment is None else f"{moment.astimezone(ZoneInfo(time_zone)):%Y-%m-%d %H:%M}"
+
+
+def local_second(moment: datetime, time_zone: str) -> str:
+    """`2026-11-23 14:05:09.250` in the centre's zone: a timeline needs what lies within a second."""
+    local = moment.astimezone(ZoneInfo(time_zone))
+    return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1000:03d}"
+
+
+def event_name(name: str, language: Language) -> str:
+    """An event's name in words; a name that has none yet as it is."""
+    pair = texts().get(f"events.{name.replace('.', '_')}")
+    return pair[language] if pair else name
 
 
 def local_clock(moment: datetime | None, time_zone: str) -> str:

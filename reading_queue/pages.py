@@ -51,6 +51,8 @@ def page(
             t=partial(_text, language),
             minute=partial(i18n.local_minute, time_zone=time_zone),
             clock=partial(i18n.local_clock, time_zone=time_zone),
+            second=partial(i18n.local_second, time_zone=time_zone),
+            event_name=partial(i18n.event_name, language=language),
             age=partial(i18n.age, language=language),
             date_time=i18n.dicom_date_time,
             in_language=lambda zh, en: (zh if language == "zh" else en) or zh or en,

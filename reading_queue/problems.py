@@ -76,7 +76,7 @@ def _answer(request: Request, status: int, kind: str, detail: str, **extra: Any)
     if wants_page(request):
         advice = t(f"problems.{kind.replace('-', '_')}_advice", language)
         return page(request, "problem.html", status=status, headers=headers, title=title, detail=detail, advice=advice)
-    content = {"type": kind, "title": title, "status": status, "detail": detail, **extra}
+    content = {"type": kind, "title": title, "status": status, "detail": detail} | extra
     return JSONResponse(content, status, headers, "application/problem+json")
 
 
@@ -90,7 +90,7 @@ def _of_project(request: Request, error: Exception) -> Response:
         _LOG.warning("web.failed", kind=kind, error=type(error).__name__, route=_route(request))
     extra: dict[str, Any] = {}
     if isinstance(error, ConflictError):
-        kind, extra = error.kind, error.extra
+        extra = {"type": error.kind, **error.extra}
     return _answer(request, status, kind, error.reason, **extra)
 
 

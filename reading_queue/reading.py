@@ -105,11 +105,11 @@ def _priors(session: Session, person: Person, study: Study) -> list[Any]:
 def checks(case_id: RowId, request: Request, person: Person = Depends(READER)) -> Response:
     """Before signing: characters of the report that the fonts lack and that will be printed as codes."""
     with request.app.state.database.centre() as session:
+        claims.check_granted(session, case_id, person)
         row = session.execute(
             sa.select(Study, Report)
-            .join(Case, Case.study_id == Study.id)
-            .join(Report, Report.case_id == Case.id)
-            .where(Case.id == case_id, Report.state == ReportState.DRAFT, claims.granted(person))
+            .join(Report, Report.study_id == Study.id)
+            .where(Report.case_id == case_id, Report.state == ReportState.DRAFT)
         ).one_or_none()
     if row is None:
         return JSONResponse({"unprintable": ""})

@@ -68,9 +68,7 @@ class _Draft:
     signing_identity: str | None
 
 
-def sign(
-    database: Database, objects: Objects, configuration: Settings, person: Person, order: Order, pin: str
-) -> int:
+def sign(database: Database, objects: Objects, configuration: Settings, person: Person, order: Order, pin: str) -> int:
     """Sign. Returns the report's id.
 
     Raises BadRequestError (something to write is missing, or the PIN is wrong), LeaseLostError, ConflictError `signed`
@@ -97,9 +95,7 @@ def sign(
         )
     except SigningFailedError as error:
         raise BadRequestError(error.reason) from error
-    encapsulated = encapsulate(
-        pdf, draft.study, content, character_set=draft.character_set, instances=draft.instances
-    )
+    encapsulated = encapsulate(pdf, draft.study, content, character_set=draft.character_set, instances=draft.instances)
     sr = structured_report(
         draft.study, content, draft.instances, character_set=draft.character_set, predecessor=draft.predecessor
     )
@@ -178,9 +174,7 @@ def _read(session: Session, configuration: Settings, person: Person, order: Orde
     before = None
     if predecessor is not None and predecessor.signed_at is not None:
         before = ReportIdentity(predecessor.id, predecessor.version, study.study_instance_uid, predecessor.signed_at)
-    identity = session.execute(
-        sa.select(Account.signing_identity).where(Account.id == person.account_id)
-    ).scalar_one()
+    identity = session.execute(sa.select(Account.signing_identity).where(Account.id == person.account_id)).scalar_one()
     return _Draft(
         content=content,
         study=_identity(study),
@@ -229,7 +223,7 @@ def _naive(date: str, time: str) -> datetime | None:
     """DA and TM as the modality's clock has them; None when they are not what PS3.5 6.2 says."""
     digits = time.partition(".")[0].replace(":", "").ljust(6, "0")[:6]
     try:
-        return datetime.strptime(date.replace(".", "") + digits, "%Y%m%d%H%M%S")  # noqa: DTZ007 - no zone is sent
+        return datetime.strptime(date.replace(".", "") + digits, "%Y%m%d%H%M%S")
     except ValueError:
         return None
 
@@ -288,9 +282,7 @@ def _settle(session: Session, draft: _Draft, person: Person, order: Order, value
         )
     ).all()
     for earlier_id in earlier:
-        move(
-            session, Transition.REPORT_SUPERSEDED, earlier_id, actor=actor, details={"by_report": report_id}
-        )
+        move(session, Transition.REPORT_SUPERSEDED, earlier_id, actor=actor, details={"by_report": report_id})
     freed = {"claimed_by": None, "lease_token": None, "lease_expires_at": None, "new_images": False}
     try:
         move(
@@ -311,9 +303,7 @@ def _why_not(session: Session, report_id: int, order: Order) -> ConflictError:
 
 
 def _signed_already(session: Session, report: Report, language: Language) -> ConflictError:
-    author = session.execute(
-        sa.select(Account.display_name).where(Account.id == report.author_id)
-    ).scalar_one()
+    author = session.execute(sa.select(Account.display_name).where(Account.id == report.author_id)).scalar_one()
     return ConflictError(t("reports.signed_already", language, author=author, version=report.version), "signed")
 
 

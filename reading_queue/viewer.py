@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from reading_queue import dicomweb, ohif_config
 from reading_queue.auth import anyone
+from reading_queue.auth import anyone
 from reading_queue.case_access import CaseAccess, case_access, dicomweb_root
 from reading_queue.i18n import language_of, t
 from storage.errors import NotFoundError
@@ -33,6 +34,7 @@ _FRAMING = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 _HASHED = re.compile(r"(?:^|\.)[0-9a-f]{16}\.\w+$")  # app.bundle.0f6159c501addfe9.js, 0ddf166f7a343eda.wasm
+_NAME = re.compile(r"[\w./-]{1,200}", re.ASCII)
 _FOREVER = "public, max-age=31536000, immutable"
 _REVALIDATED = "public, no-cache"  # asks each time; the ETag answers
 _ENCODINGS = (("br", ".br"), ("gzip", ".gz"))
@@ -53,7 +55,7 @@ def _entry_points(dist: Path) -> ohif_config.EntryPoints:
 def ohif_file(name: str, request: Request) -> Response:
     """One file of OHIF's build. Holds no patient data, so it needs no sign-in, and caches may share it."""
     dist = _dist(request).resolve()
-    path = (dist / name).resolve()
+    path = (dist / (name if _NAME.fullmatch(name) else "")).resolve()
     if not path.is_relative_to(dist) or not path.is_file() or path.suffix in {".br", ".gz", ".html"}:
         raise NotFoundError("No such file of the viewer")
     media_type = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"

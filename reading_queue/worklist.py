@@ -164,17 +164,13 @@ TRIAGE_WORDS = {
 
 
 @router.get("/worklist")
-def worklist_page(
-    request: Request, person: Person = Depends(READER), chosen: Filter = Depends(filter_of)
-) -> Response:
+def worklist_page(request: Request, person: Person = Depends(READER), chosen: Filter = Depends(filter_of)) -> Response:
     """The page."""
     return page(request, "worklist.html", **_context(request, person, chosen))
 
 
 @router.get("/worklist/rows")
-def worklist_rows(
-    request: Request, person: Person = Depends(READER), chosen: Filter = Depends(filter_of)
-) -> Response:
+def worklist_rows(request: Request, person: Person = Depends(READER), chosen: Filter = Depends(filter_of)) -> Response:
     """Counts and table body alone, for live changes and for search."""
     return page(request, "worklist_rows.html", **_context(request, person, chosen))
 
@@ -210,7 +206,9 @@ def claim_next(
 ) -> Response:
     """Take the case that comes first. 404 when nothing waits."""
     state = request.app.state
-    won = claims.next_case(state.database, person, lease_s=state.settings.lease_s, specialty=specialty.replace("\0", ""))
+    won = claims.next_case(
+        state.database, person, lease_s=state.settings.lease_s, specialty=specialty.replace("\0", "")
+    )
     if won is None:
         raise NotFoundError(t("worklist.nothing_waits", language_of(request)))
     return _claimed(won)

@@ -20,6 +20,7 @@ from storage.transitions import SYSTEM
 from storage.vocabulary import CaseState, Priority, RunMode, RunState, StudyState, TriageState
 
 TRIAGE_ACTOR = "triage_case"
+_RULE = "rule"
 _INSTANCES = "instance_count"
 """Key in the details of the events that route a case: how many images it was routed with."""
 
@@ -71,10 +72,11 @@ def reprioritise(session: Session, case_id: int, *, why: str) -> bool:
     )
     if placed.order == before.order:
         return False
+    rule = [reason for reason in case.due_reasons if reason["code"] == _RULE]
     values: dict[str, Any] = {
         "tier": placed.tier,
         "due_at": placed.due_at,
-        "due_reasons": [reason.as_row() for reason in placed.reasons],
+        "due_reasons": rule + [reason.as_row() for reason in placed.reasons],
     }
     session.execute(sa.update(Case).where(Case.id == case_id).values(**values))
     transitions.note(
@@ -116,7 +118,14 @@ def _now(session: Session) -> datetime:
 
 
 def _clock_offset_ms(session: Session, study_id: int) -> int | None:
-    """Offset of the gateway that sent the study first."""
+    """Offset of the sending gateway's clock when it announced the study; if not known then, as it is now."""
+    announced: int | None = session.scalar(
+        sa.select(Event.details["gateway_clock_offset_ms"].as_integer()).where(
+            Event.study_id == study_id, Event.name == Transition.STUDY_ANNOUNCED.event_name
+        )
+    )
+    if announced is not None:
+        return announced
     return session.scalar(
         sa.select(Gateway.clock_offset_ms)
         .join(Upload, Upload.gateway_id == Gateway.id)
@@ -164,7 +173,7 @@ def _placement(
         findings=findings,
         current=current,
     )
-    rule = {"code": "rule", "rule": decision.rule_name, "zh": decision.zh, "en": decision.en}
+    rule = {"code": _RULE, "rule": decision.rule_name, "zh": decision.zh, "en": decision.en}
     return {
         "specialty": decision.specialty,
         "priority": decision.priority,

@@ -76,7 +76,12 @@ def _complete(session: Session, study_id: int, *, actor: str, why: str) -> None:
     study = session.execute(sa.select(Study.site_id, Study.instance_count).where(Study.id == study_id)).one()
     details = {"by": why, "instances": study.instance_count}
     transitions.move(session, Transition.STUDY_COMPLETED, study_id, actor=actor, details=details)
-    jobs.enqueue(session, site_id=study.site_id, queue=ROUTE_QUEUE, actor=ROUTE_ACTOR, subject_id=study_id)
+    route(session, study.site_id, study_id)
+
+
+def route(session: Session, site_id: int, study_id: int) -> None:
+    """Have a complete study routed, again if something about it changed; in the caller's transaction."""
+    jobs.enqueue(session, site_id=site_id, queue=ROUTE_QUEUE, actor=ROUTE_ACTOR, subject_id=study_id)
 
 
 def complete_quiet(database: Database, quiet_s: float) -> int:

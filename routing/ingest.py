@@ -26,7 +26,7 @@ from storage.errors import IllegalTransitionError, PermanentError
 from storage.objects import Objects
 from storage.rows import Gateway, Instance, Study, Upload
 from storage.states import Transition
-from storage.vocabulary import UploadState
+from storage.vocabulary import StudyState, UploadState
 from storage.wire import (
     WIRE_VERSION,
     Commit,
@@ -157,6 +157,9 @@ def answer_offer(
     study = archive.open_study(
         session, caller.site_id, offer.study, actor=caller.actor, clock_offset_ms=caller.clock_offset_ms
     )
+    raised = archive.raise_priority(session, study, offer.study.priority, actor=caller.actor)
+    if raised and study.state is StudyState.COMPLETE:
+        completion.route(session, caller.site_id, study.id)
     stored = sa.select(Instance.sha256).where(
         Instance.site_id == caller.site_id,
         Instance.sop_instance_uid.in_(set(uids.values())),

@@ -17,6 +17,7 @@ from routing.rules import Rules
 from storage.errors import ConfigurationError
 
 _SYNTAX_LINE = re.compile(r"\(at line (\d+), column \d+\)")
+_SYNTAX_PLACE = re.compile(r"\s*\(at (line \d+, column \d+|end of document)\)")
 _RULE_NUMBER = re.compile(r"rule (\d+): ")
 _HEADER = re.compile(r"^\s*\[\[?\s*([\w.-]+)\s*\]\]?")
 
@@ -45,8 +46,8 @@ def parse_rules(content: bytes, name: str) -> Rules:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         match = _SYNTAX_LINE.search(str(error))
-        line = int(match[1]) if match else text.count("\n") + 1
-        raise ConfigurationError(f"{name}:{line}: {_SYNTAX_LINE.sub('', str(error)).strip()}") from error
+        line = int(match[1]) if match else len(text.splitlines())
+        raise ConfigurationError(f"{name}:{line}: {_SYNTAX_PLACE.sub('', str(error)).strip()}") from error
     if "version" in table:
         raise ConfigurationError(
             f"{name}:{line_of(text, ('version',))}: version: the digest of the file is its version"

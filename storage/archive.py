@@ -69,14 +69,13 @@ def open_study(
     """The row of an offered study, locked; announced if it is new (lifecycle a).
 
     If another patient has this Study Instance UID already, the new row stands beside the old and all are held (d):
-    they are never read as one (PS3.3 C.7.1.1, design §4.8). A more urgent priority is taken over.
+    they are never read as one (PS3.3 C.7.1.1, design §4.8).
     """
     name = f"study {site_id} {facts.study_instance_uid}"
     session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
     rows = studies_of(session, site_id, facts.study_instance_uid, lock=True)
     for row in rows:
         if same_patient(row, facts.patient_id, facts.issuer_of_patient_id):
-            _raise_priority(session, row, facts.priority, actor)
             return row
     study = Study(
         site_id=site_id,
@@ -118,19 +117,22 @@ _STUDY_TEXTS = (
     "study_description",
     "specific_character_set",
     "repaired_character_set",
+    "calling_ae_title",
     "clinical_question",
 )
 
 
-def _raise_priority(session: Session, study: Study, priority: Priority, actor: str) -> None:
+def raise_priority(session: Session, study: Study, priority: Priority, *, actor: str) -> bool:
+    """Take over a more urgent priority; a less urgent one changes nothing. Returns whether it was raised."""
     if _URGENCY.index(priority) >= _URGENCY.index(study.priority):
-        return
+        return False
     details = {"from": study.priority.value, "to": priority.value}
     study.priority = priority
     session.flush()
     transitions.note(
         session, study.id, "study.priority_raised", subject="study", subject_id=study.id, actor=actor, details=details
     )
+    return True
 
 
 def hold(session: Session, study_id: int, *, actor: str, details: dict[str, Any]) -> None:

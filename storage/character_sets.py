@@ -10,8 +10,8 @@ from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
 
 _NUMBERED = re.compile(r"(ISO[ _-]*2022)?[ _-]*IR[ _-]*(\d+)$")
 _ESCAPED = re.compile(rb"(?=\x1b)")
-_STATEFUL = frozenset({"iso2022_jp", "iso2022_jp_2", "iso_ir_58"})
-"""Codecs that read the escape sequence themselves; before the others it is cut off."""
+_DELIMITER = re.compile(rb"[\\^=\r\n\t\f]")
+_SEVEN_BIT = frozenset({"iso2022_jp", "iso2022_jp_2"})
 DEFAULT = ("latin_1",)
 """ISO_IR 6 allows no byte above 127; where one is there all the same, Latin-1 shows something."""
 
@@ -39,22 +39,21 @@ def _term(written: str) -> str:
 def decode(value: bytes, codecs: Sequence[str]) -> str:
     """Text of one element. With several codecs, escape sequences change over between them (PS3.5 6.1.2.5)."""
     first = codecs[0]
-    if b"\x1b" not in value:
-        return value.decode(first, "replace")
-    # PS3.5 6.1.2.5.3: the first character set is active again after each of these.
-    parts = re.split(rb"([\\^=\r\n\t\f])", value) if first not in ("GB18030", "UTF8") else [value]
-    return "".join(_fragments(part, first) for part in parts)
+    plain, *escaped = _ESCAPED.split(value)
+    return plain.decode(first, "replace") + "".join(_fragment(part, first) for part in escaped)
 
 
-def _fragments(value: bytes, first: str) -> str:
-    text = []
-    for fragment in _ESCAPED.split(value):
-        if not fragment.startswith(b"\x1b"):
-            text.append(fragment.decode(first, "replace"))
-            continue
-        length = 4 if fragment.startswith((b"\x1b$(", b"\x1b$)")) else 3
-        codec = CODES_TO_ENCODINGS.get(fragment[:length], first)
-        if codec not in _STATEFUL:
-            fragment = fragment[length:]  # noqa: PLW2901 - Python's codec does not know the escape sequence
-        text.append(fragment.decode("latin_1" if codec == "iso8859" else codec, "replace"))
-    return "".join(text)
+def _fragment(part: bytes, first: str) -> str:
+    """Text from one escape sequence to the next."""
+    length = 4 if part.startswith((b"\x1b$(", b"\x1b$)")) else 3
+    codec = CODES_TO_ENCODINGS.get(part[:length], first)
+    if codec in _SEVEN_BIT:  # no delimiters inside: the bytes of one may be half of a character
+        return part.decode(codec, "replace")
+    if codec == "iso8859":
+        codec = "latin_1"
+    text = part if codec == "iso_ir_58" else part[length:]  # Python's other codecs do not know the sequence
+    # PS3.5 6.1.2.5.3: after each delimiter the first character set is active again.
+    end = _DELIMITER.search(text, 0 if codec != "iso_ir_58" else length)
+    if end is None:
+        return text.decode(codec, "replace")
+    return text[: end.start()].decode(codec, "replace") + text[end.start() :].decode(first, "replace")

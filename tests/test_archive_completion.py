@@ -1,4 +1,4 @@
-"""Completion by silence, for studies whose gateway never sent an inventory, and rows of the archive that need no wire."""
+"""Completion by silence, for studies whose gateway never sent an inventory; and how patients are compared."""
 
 from datetime import timedelta
 

@@ -13,7 +13,6 @@ import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.data import get_charset_files, get_testdata_file, get_testdata_files
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -42,9 +41,9 @@ def facts(transfer_syntax_uid: str = LITTLE, size_bytes: int = 0) -> InstanceFac
     )
 
 
-def data_set(path: str | Path) -> tuple[bytes, str]:
+def data_set(path: Path) -> tuple[bytes, str]:
     """A file's data set and transfer syntax, without preamble and file meta information."""
-    file = io.BytesIO(Path(path).read_bytes())
+    file = io.BytesIO(path.read_bytes())
     meta = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[]).file_meta
     raw = file.getvalue()
     start = 128 + 4 + 12 + meta.FileMetaInformationGroupLength
@@ -55,15 +54,20 @@ def build(ds: Dataset, syntax: str = LITTLE, character_set: str = "") -> Instanc
     return sidecar.build(encode(ds, syntax), facts(syntax), character_set)
 
 
-def real_files() -> list[str]:
-    """Files of pydicom that have file meta information and are whole data sets."""
+def real_files() -> list[Path]:
+    """Files in pydicom's own package that have file meta information and are whole data sets.
+
+    Not by `get_testdata_files`, which would try to download the others.
+    """
     damaged = {"rtplan_truncated.dcm", "MR_truncated.dcm", "emri_small_jpeg_2k_lossless_too_short.dcm"}
+    folder = Path(pydicom.__file__).parent / "data"
     found = []
-    for name in [*get_testdata_files("*.dcm"), *get_charset_files("*.dcm")]:
-        raw = Path(name).read_bytes()
+    for path in [*folder.glob("test_files/*.dcm"), *folder.glob("charset_files/*.dcm")]:
+        raw = path.read_bytes()
         has_group_length = raw[128:132] == b"DICM" and raw[132:138] == b"\x02\0\0\0UL"
-        if has_group_length and Path(name).name not in damaged and b"1.2.840.10008.1.3.10" not in raw[:400]:
-            found.append(name)
+        has_syntax = b"\x02\0\x10\0UI" in raw[:1024]
+        if has_group_length and has_syntax and path.name not in damaged and b"1.2.840.10008.1.3.10" not in raw[:400]:
+            found.append(path)
     return sorted(found)
 
 
@@ -92,7 +96,7 @@ def test_real_files_say_what_pydicom_says_and_their_frames_are_where_the_extents
     assert seen > 80
 
 
-def compare_frames(name: str, ds: Dataset, data: bytes, built: InstanceSidecar) -> None:
+def compare_frames(name: Path, ds: Dataset, data: bytes, built: InstanceSidecar) -> None:
     if not built.frames or "PixelData" not in ds:
         return
     cut = [b"".join(data[offset : offset + length] for offset, length in frame) for frame in built.frames]
@@ -254,10 +258,10 @@ def test_an_element_that_stands_twice_is_shown_once_with_a_note() -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_data_sets_are_read_or_malformed_and_nothing_else(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(["nested_priv_SQ.dcm", "reportsi.dcm", "examples_palette.dcm", "JPEG-LL.dcm"]))
-    path = get_testdata_file(name)
-    assert isinstance(path, str)
-    raw, syntax = data_set(path)
+    name = data.draw(
+        st.sampled_from(["nested_priv_SQ.dcm", "reportsi.dcm", "examples_palette.dcm", "SC_rgb_rle_2frame.dcm"])
+    )
+    raw, syntax = data_set(Path(pydicom.__file__).parent / "data" / "test_files" / name)
     damaged = bytearray(raw[:20_000])
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""DICOMweb of a case over HTTP: what OHIF asks for (shared notes in docs), who may ask, and every refusal."""
+"""DICOMweb of a case over HTTP: what OHIF asks for, who may ask, and every refusal."""
 
 import email
 import email.policy
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import httpx
 import pydicom
 import pytest
-from fastapi.routing import APIRoute
 
 from reading_queue import viewer
 from storage.database import Database
@@ -16,7 +15,7 @@ from storage.objects import Objects
 from storage.settings import Settings
 from tests.archive_material import data_set_bytes, real_file
 from tests.centre import Sites
-from tests.viewer_web import Opened, Web, add_people, application, serving
+from tests.viewer_web import Opened, Web, routes_of, web_application
 
 FRAMES = "multipart/related; type=application/octet-stream; transfer-syntax=*"
 JSON = {"Accept": "application/dicom+json"}
@@ -24,9 +23,8 @@ JSON = {"Accept": "application/dicom+json"}
 
 @pytest.fixture
 def web(database: Database, objects: Objects, sites: Sites, configuration: Settings) -> Iterator[Web]:
-    add_people(database, sites)
-    with serving(application(database, objects, configuration)) as url:
-        yield Web(url, database, objects, sites)
+    with web_application(database, objects, sites, configuration) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -150,6 +148,8 @@ def test_large_answers_are_streamed_and_whole(web: Web, reader: httpx.Client) ->
         ("/metadata", "application/dicom+xml", 406, "application/dicom+json"),
         ("", 'multipart/related; type="application/dicom"; transfer-syntax=1.2.840.10008.1.2.4.90', 406, "1.2.1"),
         ("9/metadata", "*/*", 404, "No such study, series or instance"),
+        ("%00/metadata", "*/*", 404, "names nothing"),
+        ("'--/metadata", "*/*", 404, "names nothing"),
     ],
 )
 def test_what_cannot_be_answered_is_a_problem_detail(
@@ -174,7 +174,7 @@ def test_an_object_store_that_is_down_is_said_to_be_down(
     web: Web, reader: httpx.Client, ct: Opened, configuration: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unreachable = Objects(configuration.model_copy(update={"s3_url": "http://127.0.0.1:9"}))
-    monkeypatch.setattr(web.objects, "_client", unreachable._client)
+    monkeypatch.setattr(web.app.state.objects, "_client", unreachable._client)
     answer = reader.get(f"{ct.instance_path}/frames/1", headers={"Accept": FRAMES})
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) > 0
@@ -213,14 +213,8 @@ def addresses(case: Opened) -> dict[str, str]:
 
 
 def test_every_route_of_the_viewer_is_tested_for_another_hospital() -> None:
-    routes = {route.path for route in flat_routes() if "{case_id}" in route.path}
+    routes = {route.path for route in routes_of(viewer.router) if "{case_id}" in route.path}
     assert routes == set(addresses(Opened(1, "1", "1", "1")))
-
-
-def flat_routes() -> list[APIRoute]:
-    from tests.viewer_web import routes_of
-
-    return routes_of(viewer.router)
 
 
 @pytest.mark.parametrize("template", sorted(addresses(Opened(1, "1", "1", "1"))))

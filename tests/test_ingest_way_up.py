@@ -307,6 +307,18 @@ def test_a_later_offer_may_raise_the_priority_and_never_lower_it(
     assert names(database, 1).count("study.priority_raised") == 1
 
 
+def test_a_complete_study_whose_priority_is_raised_is_routed_again(
+    county: Peer, database: Database, tmp_path: Path
+) -> None:
+    one = image("1.2.3.1.1")
+    county.send(pack(tmp_path, facts_of(calling_ae_title="CT1"), [one]))
+    county.inventory([one])
+    county.offer(pack(tmp_path, facts_of(priority=Priority.STAT), [one]).offer())
+    assert (studies(database)[0].state, studies(database)[0].calling_ae_title) == (StudyState.COMPLETE, "CT1")
+    with database.centre() as session:
+        assert session.scalars(sa.select(Job.actor)).all() == ["route_study"] * 2
+
+
 def test_a_released_study_takes_more_images_of_its_patient_without_being_held_again(
     county: Peer, database: Database, tmp_path: Path
 ) -> None:

@@ -58,7 +58,8 @@ def check_pdf_a(pdf: bytes, tmp_path: Path) -> None:
         intents = document.Root.OutputIntents
         assert [str(intent.S) for intent in intents] == ["/GTS_PDFA1"]
         assert "/DestOutputProfile" in intents[0]
-    fonts = subprocess.run([poppler("pdffonts"), path], check=True, capture_output=True, text=True).stdout.splitlines()[2:]
+    listed = subprocess.run([poppler("pdffonts"), path], check=True, capture_output=True, text=True).stdout
+    fonts = listed.splitlines()[2:]
     assert fonts
     for line in fonts:  # columns from the right: object (2), unicode, subset, embedded
         assert line.split()[-5] == "yes", line
@@ -167,7 +168,8 @@ def test_a_word_without_breaks_stays_on_the_page(fonts_dir: Path, tmp_path: Path
     pdf = render_pdf(wide, fonts_dir)
     path = tmp_path / "wide.pdf"
     path.write_bytes(pdf)
-    boxes = subprocess.run([poppler("pdftotext"), "-bbox", path, "-"], check=True, capture_output=True, text=True).stdout
+    command = [poppler("pdftotext"), "-bbox", path, "-"]
+    boxes = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rights = [float(line.split('xMax="')[1].split('"')[0]) for line in boxes.splitlines() if "<word " in line]
     assert max(rights) < 595.28 - 40  # A4's width, the margin less rounding
 

@@ -52,11 +52,15 @@ def filler(column: sa.Column[Any], number: int) -> Any:
     return next(value for kind, value in kinds if isinstance(column.type, kind))
 
 
-def fill_every_table(session: Session, site_ids: list[int]) -> dict[tuple[str, int], dict[str, Any]]:
+def fill_every_table(
+    session: Session, site_ids: list[int], leave_out: str = ""
+) -> dict[tuple[str, int], dict[str, Any]]:
     """One row in every table for every site, each pointing to rows of its own site. Returns the rows."""
     numbers = itertools.count(1)
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for site_id, table in itertools.product(site_ids, TABLES):
+        if table.name == leave_out:
+            continue
         values: dict[str, Any] = {}
         for column in table.columns:
             if column.identity is not None:
@@ -98,8 +102,7 @@ def test_a_transition_starts_from_its_own_states_and_from_no_other(
 ) -> None:
     edge = transition.value
     with database.centre() as session:
-        rows = fill_every_table(session, [sites.county])
-        session.execute(sa.delete(Event))
+        rows = fill_every_table(session, [sites.county], leave_out=Event.__tablename__)
     study_id = rows["study", sites.county]["id"]
     row_id = rows[edge.subject.value.partition(".")[0], sites.county]["id"]
 

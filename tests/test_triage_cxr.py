@@ -7,6 +7,8 @@ children need the shared data.
 import hashlib
 import io
 import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -143,19 +145,38 @@ def test_damaged_pixels_are_a_named_error(gradient: np.ndarray) -> None:
     many.NumberOfFrames = 5
     colour = computed_radiograph(gradient)
     colour.SamplesPerPixel = 3
-    words = computed_radiograph(gradient)
-    words.add_new(0x00281053, "DS", "inf")
-    words.RescaleIntercept = "0"
+    steep = computed_radiograph(gradient)
+    steep.RescaleSlope, steep.RescaleIntercept = "1e308", "0"
     none = computed_radiograph(gradient)
     del none.PixelData
     garbage = packaged("RG1_J2KR.dcm")
     garbage.PixelData = garbage.PixelData[:200] + b"\0" * (len(garbage.PixelData) - 200)
     truncated = packaged("RG1_J2KR.dcm")
     truncated.PixelData = truncated.PixelData[:40]
-    for dataset in (short, many, colour, none, words, garbage, truncated):
+    for dataset in (short, many, colour, none, steep, garbage, truncated):
         with pytest.raises(MalformedDataSetError):
             grey_image(dataset)
     assert garbage.file_meta.TransferSyntaxUID == JPEG2000Lossless
+
+
+def test_an_image_that_needs_more_memory_than_the_worker_may_have_is_a_named_error(tmp_path: Path) -> None:
+    pixels = np.zeros((9000, 9000), np.uint16)  # within the bound of pixels: 324 MB as float32
+    path = tmp_path / "large.dcm"
+    computed_radiograph(pixels).save_as(path, enforce_file_format=True)
+    program = f"""
+import pydicom
+from ai_triage.images import grey_image
+from ai_triage.untrusted import prepare_worker
+from storage.errors import MalformedDataSetError
+prepare_worker(500 * 1024 * 1024)
+try:
+    grey_image(pydicom.dcmread({str(path)!r}))
+except MalformedDataSetError as error:
+    print(error.reason)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MemoryError" in done.stdout
 
 
 def test_no_child_is_on_two_sides_of_the_split() -> None:

@@ -90,9 +90,14 @@ def _no_waveform(dataset: Dataset) -> None:
     del dataset.WaveformSequence
 
 
+def _two_rates(dataset: Dataset) -> None:
+    dataset.WaveformSequence[0].SamplingFrequency = [500, 1000]
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (_two_rates, "cannot be read: TypeError"),
         (_delete_sensitivity, "no sensitivity"),
         (_cut_data, "239998 bytes where 240000"),
         (_lie_about_length, "2000000000 samples"),

@@ -19,7 +19,7 @@ from storage.settings import Settings
 from tests.archive_material import real_file, saved
 from tests.centre import Sites
 from tests.peers import peer
-from tests.viewer_web import Opened, Web, add_people, application, encapsulated_pdf, serving
+from tests.viewer_web import Opened, Web, encapsulated_pdf, web_application
 
 ASSETS = Path(os.environ.get("YUANZHEN_ASSETS_DIR", ".cache/assets"))
 FLAGS = [
@@ -80,10 +80,9 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def web(database: Database, objects: Objects, sites: Sites, configuration: Settings) -> Iterator[Web]:
-    add_people(database, sites)
     settings = configuration.model_copy(update={"assets_dir": assets_or_skip()})
-    with serving(application(database, objects, settings)) as url:
-        yield Web(url, database, objects, sites)
+    with web_application(database, objects, sites, settings) as opened:
+        yield opened
 
 
 @dataclass

@@ -12,10 +12,10 @@ import sqlalchemy as sa
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
-from fastapi.staticfiles import StaticFiles
 from pydicom.uid import EncapsulatedPDFStorage
 
-from reading_queue import auth, problems, viewer
+from reading_queue import auth
+from reading_queue.app import create_app
 from storage.database import Database
 from storage.objects import Objects
 from storage.rows import Account, Event, ReaderGrant
@@ -55,6 +55,7 @@ class Web:
     database: Database
     objects: Objects
     sites: Sites
+    app: FastAPI
 
     def client(self, username: str | None) -> httpx.Client:
         """A signed-in browser without a screen; None: nobody is signed in."""
@@ -120,7 +121,7 @@ def add_people(database: Database, sites: Sites) -> None:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Run the application on a free port in a thread; its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     ready = threading.Event()
     startup = server.startup
 
@@ -139,15 +140,13 @@ def serving(app: FastAPI) -> Iterator[str]:
         thread.join(30)
 
 
-def application(database: Database, objects: Objects, configuration: Settings) -> FastAPI:
-    app = FastAPI()
-    app.include_router(auth.router)
-    app.include_router(viewer.router)
-    problems.install(app)
-    app.mount("/static", StaticFiles(directory=Path(viewer.__file__).parent / "static"))
-    app.mount("/assets", StaticFiles(directory=configuration.assets_dir, check_dir=False))
-    app.state.database, app.state.objects, app.state.settings = database, objects, configuration
-    return app
+@contextmanager
+def web_application(database: Database, objects: Objects, sites: Sites, configuration: Settings) -> Iterator[Web]:
+    """The real application on these settings, with the people."""
+    add_people(database, sites)
+    app = create_app(configuration)
+    with serving(app) as url:
+        yield Web(url, database, objects, sites, app)
 
 
 def routes_of(router: APIRouter) -> list[APIRoute]:
