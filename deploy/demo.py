@@ -245,29 +245,45 @@ def _advance(facts: dict[str, Any]) -> float:
     return (due - contract).total_seconds()
 
 
+# Columns of the table: from one milestone to the next, in seconds.
+_COLUMNS = {
+    "to centre": ("gateway.received", "study.announced"),
+    "complete": ("study.announced", "study.completed"),
+    "queued": ("study.completed", "case.queued"),
+    "triaged": ("case.queued", "triage.done"),
+    "read": ("case.claimed", "report.signed"),
+    "home": ("report.signed", "report.delivered"),
+}
+
+
 def _show(console: Console, result: dict[str, Any]) -> None:
-    table = Table("study", "digest", "queue", "place", "due (UTC)", "triage", "seconds by segment")
+    table = Table("study", "bytes", "queue", "due (UTC)", "triage", *(f"{name}, s" for name in _COLUMNS))
     for facts in result["studies"]:
         case = facts.get("case") or {}
         runs = "; ".join(_run_in_words(run) for run in facts.get("triage", []))
-        segments = "\n".join(f"{name}: {took:.1f}" for name, took in facts.get("segments_s", {}).items())
         table.add_row(
             facts["label"],
-            "equal" if facts.get("digests_equal") else "DIFFERS",
-            case.get("specialty", ""),
-            str(case.get("queue_position") or ""),
-            case.get("due_at", "")[:16].replace("T", " "),
+            "equal" if facts.get("digests_equal") else "[red]DIFFER[/red]",
+            f"{case.get('specialty', '')} {case.get('queue_position') or ''}",
+            case.get("due_at", "")[11:16],
             runs or case.get("triage", ""),
-            segments,
+            *(_seconds(facts.get("milestones", {}), *ends) for ends in _COLUMNS.values()),
         )
     console.print(table)
     report = result["report"]
     if report:
-        words = "valid" if report["signature_valid"] else "NOT VALID"
+        words = "valid" if report["signature_valid"] else "[red]NOT VALID[/red]"
         console.print(f"report of the {report['label']}: in the county PACS, signature {words}, by {report['signer']}")
     for problem in result["problems"]:
         console.print(f"[red]differs:[/red] {problem}")
     console.print(f"{'as it must be' if result['ok'] else 'NOT as it must be'}, after {result['took_s']} s")
+
+
+def _seconds(milestones: dict[str, str], start: str, end: str) -> str:
+    if start not in milestones or end not in milestones:
+        return ""
+    took = datetime.fromisoformat(milestones[end]) - datetime.fromisoformat(milestones[start])
+    return f"{took.total_seconds():.1f}"
 
 
 def _run_in_words(run: dict[str, Any]) -> str:

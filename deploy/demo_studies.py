@@ -23,8 +23,7 @@ class Source:
 
     label: str
     title_zh: str
-    file_name: str  # in pydicom or pydicom-data; or under the demonstration folder
-    from_demo_folder: bool = False
+    file_name: str  # in pydicom or pydicom-data
 
 
 SOURCES = (
@@ -36,6 +35,8 @@ SOURCES = (
     Source("ultrasound loop", "超声（30 帧）", "examples_ybr_color.dcm"),
     Source("12-lead ECG", "十二导联心电图", "waveform_ecg.dcm"),
 )
+# Brought by set-up from the ecgprocess wheel.
+ATRIAL_FIBRILLATION = Source("12-lead ECG, AF", "十二导联心电图（房颤）", "example-DICOM2.dcm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def fresh_uid(run: str, original: str) -> str:
     return f"2.25.{int.from_bytes(hashlib.sha256(f'{run}/{original}'.encode()).digest()[:16], 'big')}"
 
 
-def prepare(folder: Path, run: str, demo_folder: Path | None) -> list[Prepared]:
+def prepare(folder: Path, run: str, demo_folder: Path) -> list[Prepared]:
     """Write each source under fresh UIDs into `folder`. Raises ConfigurationError if a package's file is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     found: list[tuple[Source, Path]] = []
@@ -67,10 +68,7 @@ def prepare(folder: Path, run: str, demo_folder: Path | None) -> list[Prepared]:
         if not isinstance(path, str):
             raise ConfigurationError(f"{source.file_name} is not installed: pip install 'yuanzhen[demo]'")
         found.append((source, Path(path)))
-    for extra in sorted(demo_folder.rglob("*.dcm")) if demo_folder is not None else []:
-        data_set = pydicom.dcmread(extra, specific_tags=["SOPClassUID"])
-        if data_set.get("SOPClassUID", "").startswith("1.2.840.10008.5.1.4.1.1.9.1."):
-            found.append((Source("12-lead ECG, AF", "十二导联心电图（房颤）", extra.name, True), extra))
+    found.append((ATRIAL_FIBRILLATION, demo_folder / ATRIAL_FIBRILLATION.file_name))
     return [_renamed(source, path, folder / f"{number:02d}.dcm", run) for number, (source, path) in enumerate(found)]
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from storage import receipts
 from storage.database import Database
 from storage.errors import SignatureInvalidError
-from storage.rows import OPEN_CASE_STATES, Case, Event, Instance, Report, Site, Study, TriageRun, Upload
+from storage.rows import OPEN_CASE_STATES, Case, Event, Instance, Job, Report, Site, Study, TriageRun, Upload
 from storage.transitions import verify_chain
 from storage.vocabulary import TriageState, UploadState
 from storage.wire import Receipt
@@ -44,11 +44,19 @@ def case_row(session: Session, study_id: int) -> Case | None:
 
 
 def is_ordered(database: Database, site_id: int, study_instance_uid: str) -> bool:
-    """Whether the study has its place in a queue and triage has said what it has to say."""
+    """Whether the study has its place in a queue, triage has spoken, and the place follows what it said."""
     with database.centre() as session:
         study = study_row(session, site_id, study_instance_uid)
         case = case_row(session, study.id) if study else None
-        return case is not None and case.triage is not TriageState.PENDING
+        if case is None or case.triage is TriageState.PENDING:
+            return False
+        open_jobs = sa.select(Job.id).where(
+            Job.actor.in_(("triage_case", "reprioritise_case")),
+            Job.subject_id == case.id,
+            Job.finished_at.is_(None),
+            Job.parked_at.is_(None),
+        )
+        return session.execute(open_jobs.limit(1)).first() is None
 
 
 def report_state(database: Database, case_id: int) -> str:
@@ -72,6 +80,7 @@ def facts(database: Database, site_id: int, study_instance_uid: str, key: Ed2551
             .where(Event.study_id == study.id)
             .order_by(Event.sequence)
         ).all()
+        milestones = _milestones(study.first_received_at, [(event.name, event.at) for event in events])
         site = session.execute(sa.select(Site.code).where(Site.site_id == site_id)).scalar_one()
         return {
             "state": study.state.value,
@@ -88,7 +97,11 @@ def facts(database: Database, site_id: int, study_instance_uid: str, key: Ed2551
             "receipts_valid": list(_receipts(session, study.id, site, key)),
             "events_in_chain": verify_chain(session, study.id),
             "timeline": [{"event": e.name, "at": e.at.isoformat(), "by": e.actor} for e in events],
-            "segments_s": _segments(study.first_received_at, [(e.name, e.at) for e in events]),
+            "milestones": {name: at.isoformat() for name, at in milestones},
+            "segments_s": {
+                f"{start} > {end}": round((then - before).total_seconds(), 3)
+                for (start, before), (end, then) in pairwise(milestones)
+            },
         }
 
 
@@ -142,11 +155,10 @@ def _receipts(session: Session, study_id: int, site: str, key: Ed25519PublicKey)
             yield True
 
 
-def _segments(received_at: datetime, events: list[tuple[str, datetime]]) -> dict[str, float]:
-    """Seconds between milestones, the first from receipt at the gateway (its clock)."""
+def _milestones(received_at: datetime, events: list[tuple[str, datetime]]) -> list[tuple[str, datetime]]:
+    """Each milestone's first time, in order of time; the first is receipt at the gateway, by the gateway's clock."""
     first: dict[str, datetime] = {}
     for name, at in events:
         if name in MILESTONES:
             first.setdefault(name, at)
-    points = [("gateway.received", received_at), *sorted(first.items(), key=lambda item: item[1])]
-    return {f"{a} > {b}": round((end - start).total_seconds(), 3) for (a, start), (b, end) in pairwise(points)}
+    return [("gateway.received", received_at), *sorted(first.items(), key=lambda item: item[1])]

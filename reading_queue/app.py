@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reading_queue import auth, county, problems, quality, reading, reports, stream, viewer, worklist
+from reading_queue.pages import SECURITY_HEADERS
 from storage.database import Database, psycopg_dsn
 from storage.notify import Hub
 from storage.objects import Objects
@@ -24,32 +25,6 @@ from storage.transitions import EVENTS_CHANNEL
 
 _STATIC = Path(__file__).resolve().parent / "static"
 _MAX_BODY_BYTES = 1024 * 1024  # the longest thing a person sends is a report's text
-
-# Scripts, styles and fonts are ours alone. The viewer's pages bring their own policy (reading_queue/ohif_config.py).
-_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data:",
-        "font-src 'self'",
-        "connect-src 'self'",
-        "worker-src 'self'",
-        "frame-src 'self' blob:",
-        "object-src 'self'",  # the signed PDF
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'self'",
-    )
-)
-_HEADERS = {
-    "Content-Security-Policy": _POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
-}
 
 
 class Shell:
@@ -80,7 +55,7 @@ class Shell:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
+                for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -89,7 +64,7 @@ class Shell:
 
 async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
     content = {"type": "too-large", "title": "Too large", "status": 413, "detail": f"At most {_MAX_BODY_BYTES} bytes"}
-    answer = JSONResponse(content, 413, _HEADERS | {"Connection": "close"}, "application/problem+json")
+    answer = JSONResponse(content, 413, SECURITY_HEADERS | {"Connection": "close"}, "application/problem+json")
     await answer(scope, receive, send)
 
 

@@ -123,14 +123,18 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
             sa.select(Upload.study_id, sa.func.sum(sa.func.jsonb_array_length(Upload.plan["digests"])))
             .where(Upload.study_id.in_(ids), Upload.state != UploadState.RECEIPTED)
             .group_by(Upload.study_id)
-        ).tuples()
+        )
+        .tuples()
+        .all()
     )
     completed: dict[int | None, datetime] = dict(
         session.execute(
             sa.select(Event.study_id, sa.func.max(Event.at))
             .where(Event.study_id.in_(ids), Event.name == Transition.STUDY_COMPLETED.event_name)
             .group_by(Event.study_id)
-        ).tuples()
+        )
+        .tuples()
+        .all()
     )
     return [
         CountyRow(

@@ -14,6 +14,32 @@ from reading_queue.report_pdf import display_person_name
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
+# Scripts, styles and fonts are ours alone. The viewer's pages bring their own policy (reading_queue/ohif_config.py).
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "font-src 'self'",
+        "connect-src 'self'",
+        "worker-src 'self'",
+        "frame-src 'self' blob:",
+        "object-src 'self'",  # the signed PDF
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'self'",
+    )
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
 
 @cache
 def _environment() -> Environment:

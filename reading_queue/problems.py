@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
 
 from reading_queue.i18n import language_of, t
-from reading_queue.pages import page
+from reading_queue.pages import SECURITY_HEADERS, page
 from storage.errors import (
     ForbiddenError,
     IllegalTransitionError,
@@ -117,6 +117,14 @@ def _of_database(request: Request, error: Exception) -> Response:
     return _answer(request, 500, "failed", "")
 
 
+def _unforeseen(request: Request, error: Exception) -> Response:
+    """The process's edge: the error is ours, goes on to the server's log, and the person gets words."""
+    _LOG.error("web.unforeseen", error=type(error).__name__, route=_route(request))
+    answer = _answer(request, 500, "failed", "")
+    answer.headers.update(SECURITY_HEADERS)  # this handler stands outside the shell that adds them
+    return answer
+
+
 def _route(request: Request) -> str:
     return getattr(request.scope.get("route"), "path", "")
 
@@ -127,3 +135,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _of_request)
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(DBAPIError, _of_database)
+    app.add_exception_handler(Exception, _unforeseen)

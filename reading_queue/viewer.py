@@ -19,7 +19,6 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from reading_queue import dicomweb, ohif_config
 from reading_queue.auth import anyone
-from reading_queue.auth import anyone
 from reading_queue.case_access import CaseAccess, case_access, dicomweb_root
 from reading_queue.i18n import language_of, t
 from storage.errors import NotFoundError

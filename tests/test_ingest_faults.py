@@ -100,7 +100,7 @@ def test_a_server_killed_at_any_point_of_a_commit_archives_each_instance_once_wh
     chance = random.Random(7)
     images: list[Image] = []
     packs: list[tuple[Packed, wire.Receipt | None]] = []
-    points = ["before the commit", "final object", "receipted", *["random"] * 25]
+    points = ["before the commit", "final object", "receipted", *["random"] * 3]
     with ThreadPoolExecutor() as pool:
         for number, point in enumerate(points):
             some = [image(f"1.2.3.1.{number}.{n}", fill=n + 1, side=64) for n in range(20)]

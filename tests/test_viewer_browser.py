@@ -200,7 +200,10 @@ def test_an_encapsulated_pdf_is_shown(screen: Screen, tmp_path: Path) -> None:
         seen.page.wait_for_selector("object[type='application/pdf']", state="attached", timeout=READY_S * 1000)
     finally:
         screen.shot(seen, "pdf")
-    assert seen.page.eval_on_selector("object[type='application/pdf']", "o => o.data").startswith("blob:")
+    shown = "async element => [element.data, (await (await fetch(element.data)).text()).slice(0, 5)]"
+    address, beginning = seen.page.eval_on_selector("object[type='application/pdf']", shown)
+    assert address.startswith("blob:")
+    assert beginning == "%PDF-"
     assert seen.faults == []
 
 
