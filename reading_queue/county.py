@@ -118,24 +118,18 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
             .order_by(Report.version)
         )
     }  # fmt: skip
-    on_the_way: dict[int, int] = dict(
-        session.execute(
-            sa.select(Upload.study_id, sa.func.sum(sa.func.jsonb_array_length(Upload.plan["digests"])))
-            .where(Upload.study_id.in_(ids), Upload.state != UploadState.RECEIPTED)
-            .group_by(Upload.study_id)
-        )
-        .tuples()
-        .all()
+    waiting = session.execute(
+        sa.select(Upload.study_id, sa.func.sum(sa.func.jsonb_array_length(Upload.plan["digests"])))
+        .where(Upload.study_id.in_(ids), Upload.state != UploadState.RECEIPTED)
+        .group_by(Upload.study_id)
     )
-    completed: dict[int | None, datetime] = dict(
-        session.execute(
-            sa.select(Event.study_id, sa.func.max(Event.at))
-            .where(Event.study_id.in_(ids), Event.name == Transition.STUDY_COMPLETED.event_name)
-            .group_by(Event.study_id)
-        )
-        .tuples()
-        .all()
+    on_the_way: dict[int, int] = {study_id: count for study_id, count in waiting}
+    completions = session.execute(
+        sa.select(Event.study_id, sa.func.max(Event.at))
+        .where(Event.study_id.in_(ids), Event.name == Transition.STUDY_COMPLETED.event_name)
+        .group_by(Event.study_id)
     )
+    completed: dict[int | None, datetime] = {study_id: at for study_id, at in completions}
     return [
         CountyRow(
             study,

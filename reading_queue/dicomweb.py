@@ -21,6 +21,7 @@ from reading_queue.case_access import CaseAccess, case_access, database_of, libr
 from reading_queue.problems import RETRY_AFTER_S, SignInNeededError
 from storage import archive
 from storage.dicomweb import frames, media_types, metadata, multipart, queries
+from storage.dicomweb.errors import BadRequestError, NotAcceptableError
 from storage.dicomweb.library import Library, StoredInstance, find_instances
 from storage.dicomweb.media_types import Representation
 from storage.dicomweb.multipart import Part
@@ -40,8 +41,8 @@ _HEADERS = {
 _STATUS: tuple[tuple[type[YuanzhenError], int, str, str], ...] = (
     (SignInNeededError, 401, "sign-in", "Sign in first"),
     (NotFoundError, 404, "not-found", "Not found"),
-    (frames.BadRequestError, 400, "bad-request", "Bad request"),
-    (media_types.NotAcceptableError, 406, "not-acceptable", "Not acceptable"),
+    (BadRequestError, 400, "bad-request", "Bad request"),
+    (NotAcceptableError, 406, "not-acceptable", "Not acceptable"),
     (ForbiddenError, 403, "forbidden", "Forbidden"),
     (RetryableError, 503, "unavailable", "Not available now"),
     (YuanzhenError, 500, "failed", "The archive cannot give this"),

@@ -1,6 +1,6 @@
 """The pages' words in Chinese and English, and how times, ages and names are written.
 
-Texts are data: `texts/<module>.toml`, one table a key with `zh` and `en`; a template says `t("module.key")`. A text
+Texts are data: `texts/<module>.toml`, one table a key with `zh` and `en`; a template says `t(…)` with `module.key`. A text
 that is missing stops the process when it is asked for, and a test asks for all of them.
 """
 

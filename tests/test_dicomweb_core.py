@@ -14,10 +14,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from storage.database import Database
 from storage.dicomweb import frames, media_types, metadata, multipart, queries
+from storage.dicomweb.errors import BadRequestError, NotAcceptableError
 from storage.dicomweb.extents import Extents
-from storage.dicomweb.frames import BadRequestError
 from storage.dicomweb.library import Library, Scope, StoredInstance, find_instances
-from storage.dicomweb.media_types import NotAcceptableError, Representation, negotiate
+from storage.dicomweb.media_types import Representation, negotiate
 from storage.dicomweb.multipart import Part
 from storage.dicomweb.queries import Level
 from storage.errors import MalformedDataSetError, NotFoundError

@@ -178,6 +178,7 @@ def test_a_retired_class_is_stored_like_any_other(gateway):
 SENDABLE = [path for path in pydicom_files() if path.stat().st_size < 2_000_000 and "DICOMDIR" not in path.name]
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # one of pydicom's files has a digest for a UID
 def test_every_real_file_arrives_byte_for_byte_or_is_refused_with_a_reason(gateway):
     seen = refused = 0
     for path in SENDABLE:

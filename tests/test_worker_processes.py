@@ -263,3 +263,22 @@ def message_count(url: str) -> int:
         return int(broker.get_queue_message_counts("maintenance")[0])
     finally:
         close(broker)
+
+
+def test_the_stacks_own_worker_routes_a_study(bench: Bench) -> None:
+    with bench.database.centre() as session:
+        study_id = add_study(session, bench.sites.county, state=StudyState.COMPLETE, modalities=("ECG",))
+        job_id = jobs.enqueue(
+            session, site_id=bench.sites.county, queue="route", actor="route_study", subject_id=study_id
+        )
+    arguments = ["deploy.worker", "--processes", "1", "--threads", "1", "--queues", "route"]
+    child = Child(Command("worker", [sys.executable, "-m", "dramatiq", *arguments], ROOT), bench.folder / "worker.log")
+    try:
+        with bench.clock():
+            bench.wait_finished(job_id)
+    finally:
+        child.stop()
+    with bench.database.centre() as session:
+        case = session.scalars(sa.select(Case).where(Case.study_id == study_id)).one()
+        asked = session.scalars(sa.select(Job).where(Job.actor == "triage_case")).one()
+    assert (case.specialty, asked.queue, asked.subject_id) == ("ecg", "triage", case.id)

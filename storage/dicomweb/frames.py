@@ -8,20 +8,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from storage import dataset, sidecar
+from storage.dicomweb.errors import BadRequestError
 from storage.dicomweb.extents import Extent
 from storage.dicomweb.library import Library, StoredInstance
 from storage.dicomweb.media_types import OCTET_STREAM, PDF
-from storage.errors import NotFoundError, PermanentError
+from storage.errors import NotFoundError
 from storage.sidecar import InstanceSidecar
 
 MAX_FRAMES_ASKED = 10_000
 _WORD_BYTES = {"OW": 2, "US": 2, "SS": 2, "OF": 4, "OL": 4, "FL": 4, "UL": 4, "SL": 4, "OD": 8, "OV": 8, "FD": 8}
 _NATIVE_HEADER_BYTES = 12  # of (7FE0,0010) in explicit VR: tag, VR, two reserved bytes, 32-bit length
 _ENCAPSULATED_DOCUMENT, _ENCAPSULATED_DOCUMENT_LENGTH, _MIME_TYPE = "00420011", "00420015", "00420012"
-
-
-class BadRequestError(PermanentError):
-    """The request cannot be understood (HTTP 400)."""
 
 
 def frame_numbers(text: str, available: int) -> list[int]:

@@ -6,7 +6,7 @@ Quoting is read liberally: OHIF sends `type=application/octet-stream` without th
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from storage.errors import PermanentError
+from storage.dicomweb.errors import NotAcceptableError
 
 DICOM_JSON = "application/dicom+json"
 DICOM = "application/dicom"
@@ -35,10 +35,6 @@ IMAGE_MEDIA_TYPES = {
     "1.2.840.10008.1.2.4.203": "image/jphc",
     "1.2.840.10008.1.2.5": "image/dicom-rle",
 }
-
-
-class NotAcceptableError(PermanentError):
-    """Nothing that is offered suits the Accept header (HTTP 406); the reason lists what is offered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
-from storage.dicomweb.frames import BadRequestError
+from storage.dicomweb.errors import BadRequestError
 from storage.dicomweb.library import Scope
 from storage.rows import Instance, Series, Site, Study
 
