@@ -126,8 +126,8 @@ def measure(model: EcgRhythmModel, directory: Path) -> list[dict[str, Figure]]:
                 "by": _BY,
                 "n": len(rows),
                 "called": int(holds.sum()),
-                "note": "a rule; no such diagnosis is stated here, so only how often it fires is known; four leads are asked since "
-                "a false pause of record 91, so this is in-sample",
+                "note": "a rule; no such diagnosis is stated here, so only how often it fires is known; "
+                "four leads are asked since a false pause of record 91, so this is in-sample",
             }
         )
     return tables

@@ -123,13 +123,13 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
         .where(Upload.study_id.in_(ids), Upload.state != UploadState.RECEIPTED)
         .group_by(Upload.study_id)
     )
-    on_the_way: dict[int, int] = {study_id: count for study_id, count in waiting}
+    on_the_way: dict[int, int] = {row[0]: row[1] for row in waiting}
     completions = session.execute(
         sa.select(Event.study_id, sa.func.max(Event.at))
         .where(Event.study_id.in_(ids), Event.name == Transition.STUDY_COMPLETED.event_name)
         .group_by(Event.study_id)
     )
-    completed: dict[int | None, datetime] = {study_id: at for study_id, at in completions}
+    completed: dict[int | None, datetime] = {row[0]: row[1] for row in completions}
     return [
         CountyRow(
             study,

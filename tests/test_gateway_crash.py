@@ -8,56 +8,68 @@ import hashlib
 import json
 import random
 import signal
-import threading
+import subprocess
+import sys
 import time
 import urllib.request
 
 import pytest
 from pydicom.filereader import dcmread
-from pynetdicom import AE, build_context
-from pynetdicom.sop_class import CTImageStorage
 
 from dicom_gateway.spool import Spool
 from dicom_gateway.sweep import sweep
-from tests.gateway_kit import SITE, GatewayProcess, data_set_of, gateway_process, many, pki, settings_for, until
+from tests.gateway_kit import ROOT, SITE, gateway_process, many, pki, settings_for, until
 from tests.scripted_centre import ScriptedCentre
 
 KILLS = 10
 
 
-class Sender(threading.Thread):
-    """Sends files in order to whatever gateway is there; goes on with the next association after each cut."""
+class Senders:
+    """A process of senders (tests/sending.py), one for each folder of `count` images."""
 
-    def __init__(self, files):
-        super().__init__(daemon=True)
-        self.files, self.acknowledged = list(files), {}
-        self.port, self.finished = 0, threading.Event()
+    def __init__(self, place, *counts):
+        self.folders = [place / f"sender-{number}" for number in range(len(counts))]
+        for folder, count in zip(self.folders, counts, strict=True):
+            many(folder, count)
+        self._port_file, self._acknowledged = place / "port", place / "acknowledged"
+        self._process = None
 
-    def run(self):
-        entity = AE(ae_title="CT1")
-        entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 5
-        entity.connection_timeout = 2
-        waiting = [(path, dcmread(path), data_set_of(path)[1]) for path in self.files]
-        while waiting:
-            association = entity.associate(
-                "127.0.0.1", self.port, [build_context(CTImageStorage, "1.2.840.10008.1.2.1")], ae_title="YUANZHEN"
+    def send_to(self, port):
+        new = self._port_file.with_suffix(".new")
+        new.write_text(str(port))
+        new.rename(self._port_file)
+        if self._process is None:
+            arguments = [str(path) for path in (self._port_file, self._acknowledged, *self.folders)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.sending", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
             )
-            while association.is_established and waiting:
-                _, data_set, data = waiting[0]
-                try:
-                    status = association.send_c_store(data_set)
-                except RuntimeError:
-                    break
-                if "Status" not in status:
-                    break
-                if status.Status == 0x0000:
-                    self.acknowledged[str(data_set.SOPInstanceUID)] = hashlib.sha256(data).hexdigest()
-                    waiting.pop(0)
-            if association.is_established:
-                association.release()
-            else:
-                time.sleep(0.02)  # nobody listens now
-        self.finished.set()
+
+    def wait(self):
+        assert self._process.wait(timeout=120) == 0
+
+    def stop(self):
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def acknowledged(self):
+        return dict(line.split() for line in self._acknowledged.read_text().splitlines())
+
+    def count(self):
+        return len(self._acknowledged.read_text().splitlines()) if self._acknowledged.exists() else 0
+
+
+@pytest.fixture
+def senders_of(tmp_path):
+    made = []
+
+    def make(*counts):
+        made.append(Senders(tmp_path, *counts))
+        return made[-1]
+
+    yield make
+    for senders in made:
+        senders.stop()
 
 
 def checked(spool_dir, acknowledged):
@@ -80,69 +92,56 @@ def checked(spool_dir, acknowledged):
         spool.close()
 
 
-def killed_again_and_again(environment_of, senders, kills, dice):
-    """Start, let it work for a random moment, SIGKILL; at last a start that may finish."""
+def killed_again_and_again(start, senders, kills, dice):
+    """Start, let it take in some images more, SIGKILL at a random moment; at last a start that may finish."""
     for number in range(kills + 1):
-        with environment_of() as gateway:
-            gateway.ready()
-            for sender in senders:
-                sender.port = gateway.port
-                if number == 0:
-                    sender.start()
+        with start() as gateway:
+            senders.send_to(gateway.ready().port)
             if number == kills:
                 yield gateway
                 return
-            time.sleep(dice.uniform(0.05, 0.6))
+            before = senders.count()
+            until(lambda before=before: senders.count() > before, "an image more")
+            time.sleep(dice.uniform(0.0, 0.1))
             gateway.kill()
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # a sender's socket dies as it should
-def test_ten_kills_during_intake_lose_nothing_that_was_acknowledged(tmp_path):
-    dice = random.Random(2026)
-    senders = []
-    for number in range(4):
-        many(tmp_path / f"sender-{number}", 60)
-        senders.append(Sender(sorted((tmp_path / f"sender-{number}").iterdir())))
-
-    def start():
-        return gateway_process(tmp_path / "spool", "https://127.0.0.1:1")
-
-    for gateway in killed_again_and_again(start, senders, KILLS, dice):
-        until(lambda: all(sender.finished.is_set() for sender in senders), "all sent", timeout_s=120)
+def test_ten_kills_during_intake_lose_nothing_that_was_acknowledged(tmp_path, senders_of):
+    senders = senders_of(*[150] * 4)
+    for gateway in killed_again_and_again(
+        lambda: gateway_process(tmp_path / "spool", "https://127.0.0.1:1"), senders, KILLS, random.Random(2026)
+    ):
+        assert senders.count() < 600, "the kills came while images were on their way"
+        senders.wait()
         assert gateway.terminate() == 0
-    acknowledged = {uid: digest for sender in senders for uid, digest in sender.acknowledged.items()}
-    assert len(acknowledged) == 240
-    assert len(checked(tmp_path / "spool", acknowledged)) == 240
+    acknowledged = senders.acknowledged()
+    assert len(acknowledged) == 600
+    assert len(checked(tmp_path / "spool", acknowledged)) == 600
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_kills_while_the_uplink_sends_archive_everything_in_the_end(tmp_path):
+def test_kills_while_the_uplink_sends_archive_everything_in_the_end(tmp_path, senders_of):
     dice = random.Random(4)
     centre = ScriptedCentre(pki(), SITE)
     for endpoint in ("offer", "put", "commit"):
         centre.faults[endpoint].extend(dice.choice(["cut", (503, {})]) for _ in range(6))
-    many(tmp_path / "ct", 80)
-    sender = Sender(sorted((tmp_path / "ct").iterdir()))
-
-    def start():
-        return gateway_process(tmp_path / "spool", centre.url, gather_s=0.02)
-
+    senders = senders_of(200)
     try:
-        for gateway in killed_again_and_again(start, [sender], 5, dice):
-            until(sender.finished.is_set, "all sent", timeout_s=120)
+        for gateway in killed_again_and_again(
+            lambda: gateway_process(tmp_path / "spool", centre.url, gather_s=0.02), senders, 5, dice
+        ):
+            senders.wait()
 
             def state(gateway=gateway):
-                return json.load(urllib.request.urlopen(f"http://127.0.0.1:{gateway.status_port}/status"))
+                with urllib.request.urlopen(f"http://127.0.0.1:{gateway.status_port}/status") as answer:
+                    return json.load(answer)
 
             until(lambda: state()["backlog"]["instances"] == 0, "all archived")
             until(lambda: all(study["complete_at"] for study in state()["studies"]), "complete")
-            assert state()["studies"][0]["received"] == state()["studies"][0]["archived"] == 80
+            assert state()["studies"][0]["received"] == state()["studies"][0]["archived"] == 200
             assert gateway.terminate() == 0
     finally:
         centre.close()
-    rows = checked(tmp_path / "spool", sender.acknowledged)
+    rows = checked(tmp_path / "spool", senders.acknowledged())
     assert {(row["sop_instance_uid"], row["sha256"]) for row in rows} == set(centre.archive)
     assert all(row["archived_at"] for row in rows)
 
@@ -168,24 +167,23 @@ def test_a_port_that_is_taken_ends_the_start_and_says_so(tmp_path):
             assert "in use" in second.said("gateway.cannot_start")["reason"]
 
 
-def test_the_log_is_actions_without_patient_data(tmp_path):
+def test_the_log_is_actions_without_patient_data(tmp_path, senders_of):
     centre = ScriptedCentre(pki(), SITE)
+    senders = senders_of(2)
     try:
-        many(tmp_path / "ct", 2)
-        sender = Sender(sorted((tmp_path / "ct").iterdir()))
         with gateway_process(tmp_path / "spool", centre.url) as gateway:
-            sender.port = gateway.ready().port
-            sender.start()
+            senders.send_to(gateway.ready().port)
             until(lambda: gateway.said("uplink.complete"), "complete")
-            status = urllib.request.urlopen(f"http://127.0.0.1:{gateway.status_port}/status").read().decode()
-            retried = urllib.request.Request(f"http://127.0.0.1:{gateway.status_port}/retry", method="POST")
-            assert urllib.request.urlopen(retried).status == 202
+            with urllib.request.urlopen(f"http://127.0.0.1:{gateway.status_port}/status") as answer:
+                status = answer.read().decode()
+            retry = urllib.request.Request(f"http://127.0.0.1:{gateway.status_port}/retry", method="POST")
+            with urllib.request.urlopen(retry) as answer:
+                assert answer.status == 202
             gateway.process.send_signal(signal.SIGINT)
             assert gateway.wait() == 0
-            data_set = dcmread(sender.files[0])
-            for text in ("".join(gateway.raw), status):
-                assert str(data_set.PatientName) not in text and data_set.PatientID not in text
-            assert all("action" in line for line in gateway.lines)
-            assert isinstance(gateway, GatewayProcess)
     finally:
         centre.close()
+    data_set = dcmread(next(senders.folders[0].iterdir()))
+    for text in ("".join(gateway.raw), status):
+        assert str(data_set.PatientName) not in text and data_set.PatientID not in text
+    assert gateway.lines and all("action" in line for line in gateway.lines)

@@ -1,0 +1,254 @@
+"""The report's way: draft, conflict, lost lease, signature, a second version; and what must not happen.
+
+Real typst, pyHanko, S3 with object lock. Leaves out how the PDF and the DICOM objects look: test_report_*.py.
+"""
+
+import hashlib
+from io import BytesIO
+
+import pydicom
+import pytest
+import sqlalchemy as sa
+from pyhanko.pdf_utils.reader import PdfFileReader
+
+from storage.database import Database
+from storage.rows import Case, DraftVersion, FeedEntry, Report
+from storage.states import Transition
+from storage.transitions import SYSTEM, move, verify_chain
+from storage.vocabulary import CaseState, ReportState
+from tests.test_claims import expire
+from tests.web import DISPLAY, PIN, Browser, Web, signing_pki, web
+
+__all__ = ["signing_pki", "web"]
+
+TEXT = {"findings": "右肺下叶见片状影。", "impression": "右肺下叶炎症可能。", "conclusion": "positive", "language": "zh"}
+
+
+@pytest.fixture
+def reader(web: Web) -> Browser:
+    return web.sign_in("reader-a")
+
+
+def draft_row(database: Database, case_id: int) -> Report:
+    with database.centre() as session:
+        return session.scalars(
+            sa.select(Report).where(Report.case_id == case_id, Report.state == ReportState.DRAFT)
+        ).one()
+
+
+def save(browser: Browser, case_id: int, lease: str, revision: int, **changes: str) -> tuple[int, dict[str, object]]:
+    answer = browser.post(f"/cases/{case_id}/draft", lease=lease, revision=revision, **(TEXT | changes))
+    return answer.status_code, answer.json()
+
+
+def test_every_save_is_kept_and_counted(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    assert save(reader, case_id, lease, 0, impression="一")[1]["revision"] == 1
+    assert save(reader, case_id, lease, 1, impression="一二")[1]["revision"] == 2
+    assert save(reader, case_id, lease, 2, impression="一二")[1]["revision"] == 2  # nothing new
+    with web.database.centre() as session:
+        kept = session.scalars(sa.select(DraftVersion).order_by(DraftVersion.revision)).all()
+    assert [(one.revision, one.text["impression"]) for one in kept] == [(1, "一"), (2, "一二")]
+    assert len(web.events("report.drafted")) == 1
+    history = reader.get(f"/cases/{case_id}/drafts").text
+    assert history.index("一二") < history.rindex("一")
+
+
+def test_a_second_tab_overwrites_nothing_and_is_shown_what_is_there(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0, impression="第一个窗口")
+    status, problem = save(reader, case_id, lease, 0, impression="第二个窗口")
+    assert (status, problem["type"], problem["revision"]) == (409, "revision", 1)
+    assert problem["text"]["impression"] == "第一个窗口"  # type: ignore[index]
+    assert draft_row(web.database, case_id).impression == "第一个窗口"
+    assert save(reader, case_id, lease, 1, impression="第二个窗口")[0] == 200  # the person chose
+
+
+def test_a_lost_lease_saves_nothing_and_the_text_can_be_saved_after_claiming_again(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0)
+    expire(web, case_id)
+    other = web.sign_in("reader-a2")
+    taken = other.claim(case_id)
+    status, problem = save(reader, case_id, lease, 1, impression="失效之后写的")
+    assert (status, problem["type"]) == (409, "lease-lost")
+    refused = reader.post(f"/cases/{case_id}/claim")
+    assert refused.json()["holder"] == DISPLAY["reader-a2"]
+    other.post(f"/cases/{case_id}/hand-back", lease=taken)
+    again = reader.claim(case_id)
+    assert save(reader, case_id, again, 1, impression="失效之后写的")[0] == 200
+
+
+def test_whoever_takes_the_case_over_goes_on_with_the_draft(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0)
+    reader.post(f"/cases/{case_id}/hand-back", lease=lease)
+    other = web.sign_in("reader-a2")
+    lease = other.claim(case_id)
+    assert TEXT["impression"] in other.get(f"/cases/{case_id}").text
+    assert save(other, case_id, lease, 1, impression="我的意见")[0] == 200
+    assert draft_row(web.database, case_id).author_id == web.accounts["reader-a2"]
+
+
+def test_a_signed_report_is_whole_under_lock_on_the_feed_and_its_case_done(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    report_id = web.signed(reader, case_id, **TEXT)
+    report, case = web.report(report_id), web.row(case_id)
+    assert (report.state, report.version, case.state, case.claimed_by) == (
+        ReportState.SIGNED, 1, CaseState.REPORTED, None,
+    )  # fmt: skip
+    for key, digest in (
+        (report.pdf_key, report.pdf_sha256),
+        (report.encapsulated_key, report.encapsulated_sha256),
+        (report.sr_key, report.sr_sha256),
+    ):
+        assert key is not None and key.startswith(f"reports/county-a/{report_id}/v1-")
+        assert hashlib.sha256(web.objects.get(key, locked=True)).digest() == digest
+    pdf = reader.get(f"/reports/{report_id}/pdf")
+    assert pdf.headers["content-type"] == "application/pdf"
+    signature = PdfFileReader(BytesIO(pdf.content)).embedded_signatures[0]
+    assert signature.field_name == "Author"
+    assert signature.signer_cert.subject.native["common_name"] == DISPLAY["reader-a"]
+    sr = pydicom.dcmread(BytesIO(web.objects.get(str(report.sr_key), locked=True)))
+    assert (sr.StudyInstanceUID, sr.PatientID, sr.VerificationFlag) == ("1.2.3", "P1", "VERIFIED")
+    with web.database.centre() as session:
+        assert session.scalars(sa.select(FeedEntry.report_id)).all() == [report_id]
+        assert verify_chain(session, case.study_id) > 4
+    names = [e.name for e in web.events("report.drafted", "report.signed", "case.reported")]
+    assert names == ["report.drafted", "report.signed", "case.reported"]
+
+
+def test_a_report_signed_twice_is_refused_in_words(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    fields = {"lease": lease, "revision": revision, "pin": PIN}
+    assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 200
+    again = reader.post(f"/cases/{case_id}/sign", **fields)
+    assert (again.status_code, again.json()["type"]) == (409, "signed")
+    assert "已由 阅片医师一 签发" in again.json()["detail"]
+    assert len(web.events("report.signed")) == 1
+    late = save(reader, case_id, lease, revision, impression="晚到的保存")
+    assert late[0] == 409
+
+
+def test_a_wrong_pin_changes_nothing_and_five_rest(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    for _ in range(5):
+        wrong = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin="000000")
+        assert (wrong.status_code, wrong.json()["detail"][:6]) == (422, "PIN 不对")
+    assert draft_row(web.database, case_id).revision == revision
+    assert len(web.events("report.pin_refused")) == 5
+    rest = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    assert rest.status_code == 422 and "15 分钟" in rest.json()["detail"]
+    assert web.events("report.signed") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"impression": "  \n "}, "诊断意见是空的"), ({"conclusion": ""}, "没有选结论")]
+)
+def test_an_unfinished_report_is_not_signed(web: Web, reader: Browser, changes: dict[str, str], words: str) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease, **changes)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    assert answer.status_code == 422 and words in answer.json()["detail"]
+
+
+def test_an_older_revision_and_a_lost_lease_are_not_signed(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    web.report_text(reader, case_id, lease)
+    stale = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=0, pin=PIN)
+    assert (stale.status_code, stale.json()["type"]) == (409, "revision")
+    expire(web, case_id)
+    web.sign_in("reader-a2").claim(case_id)
+    lost = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, pin=PIN)
+    assert (lost.status_code, lost.json()["type"]) == (409, "lease-lost")
+    assert web.events("report.signed") == []
+
+
+def test_a_reader_without_a_key_is_told_so(web: Web) -> None:
+    case_id = web.case(site_id=web.sites.other_county)
+    reader = web.sign_in("reader-b", "en")
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    assert answer.status_code == 422 and "no signing certificate" in answer.json()["detail"]
+
+
+def test_images_after_the_signature_make_a_second_version_that_supersedes(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    first = web.signed(reader, case_id, **TEXT)
+    with web.database.centre() as session:
+        move(session, Transition.CASE_REOPENED, case_id, actor=SYSTEM, values={"new_images": True})
+    lease = reader.claim(case_id)
+    page = reader.get(f"/cases/{case_id}").text
+    assert TEXT["findings"] in page and "第 1 版" in page
+    revision = web.report_text(reader, case_id, lease, impression="新图像后的意见", conclusion="critical")
+    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN).status_code == 200
+    with web.database.centre() as session:
+        rows = session.scalars(sa.select(Report).order_by(Report.version)).all()
+        assert [(row.version, row.state) for row in rows] == [(1, ReportState.SUPERSEDED), (2, ReportState.SIGNED)]
+        assert session.scalars(sa.select(Case.new_images)).one() is False
+    sr = pydicom.dcmread(BytesIO(web.objects.get(str(rows[1].sr_key), locked=True)))
+    assert "PredecessorDocumentsSequence" in sr
+    assert reader.get(f"/reports/{first}/pdf").status_code == 200  # kept, and marked as superseded
+
+
+def test_markup_bidi_and_nul_are_text_and_nothing_else(web: Web, reader: Browser) -> None:
+    evil = "<script>alert(1)</script>\u202eabc\0&amp; \"'{{7*7}}"
+    case_id = web.case(patient_name=evil.replace("\0", ""))
+    lease = reader.claim(case_id)
+    assert save(reader, case_id, lease, 0, findings=evil, impression=evil)[0] == 200
+    for path in (f"/cases/{case_id}", f"/cases/{case_id}/drafts", "/worklist"):
+        html = reader.get(path).text
+        assert "<script>alert" not in html and "&lt;script&gt;" in html and "49" not in html.split("abc")[1][:20], path
+    assert "\0" not in draft_row(web.database, case_id).findings
+    checks = reader.get(f"/cases/{case_id}/checks").json()
+    assert isinstance(checks["unprintable"], str)
+    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, pin=PIN).status_code == 200
+
+
+def test_a_text_of_200_kilobytes_is_refused_in_words_and_nothing_is_lost(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0)
+    status, problem = save(reader, case_id, lease, 1, findings="长" * 70_000)
+    assert (status, problem["type"]) == (422, "bad-request") and "20000" in str(problem["detail"])
+    assert draft_row(web.database, case_id).findings == TEXT["findings"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"conclusion": "maybe"}, {"language": "xx"}, {"revision": "-1"}, {"revision": "x"}, {"revision": str(2**40)},
+     {"lease": "x" * 65}],
+)  # fmt: skip
+def test_choices_that_are_none_are_refused(web: Web, reader: Browser, fields: dict[str, str]) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    answer = reader.post(f"/cases/{case_id}/draft", **({"lease": lease, "revision": "0"} | TEXT | fields))
+    assert answer.status_code == 422
+
+
+@pytest.mark.parametrize("case_id", ["0", "-1", "99999999999999999999", "abc", "1e3", "٣"])
+def test_ids_that_name_nothing_are_not_found(reader: Browser, case_id: str) -> None:
+    assert reader.get(f"/cases/{case_id}").status_code == 404
+    assert reader.post(f"/cases/{case_id}/claim").status_code == 404
+
+
+def test_a_sign_in_that_ended_while_typing_is_said_and_the_draft_goes_on_after_it(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0)
+    reader.post("/sign-out")
+    status, problem = save(reader, case_id, lease, 1, impression="过期之后")
+    assert (status, problem["type"]) == (401, "sign-in")
+    again = web.sign_in("reader-a")  # in another window: a new token, the same lease
+    assert save(again, case_id, lease, 1, impression="过期之后")[0] == 200
