@@ -42,10 +42,10 @@ class HeartbeatLoop:
                 self._beat()
             except YuanzhenError as error:
                 if not self.error:
-                    log.warning("no contact with the centre", action="heartbeat.failed", reason=error.reason)
+                    log.warning("heartbeat.failed", reason=error.reason)
                 self.error = error.reason
             except Exception:  # the edge of the thread
-                log.exception("heartbeat failed", action="heartbeat.error")
+                log.exception("heartbeat.error")
                 self.error = "Internal error, see the gateway's log"
             stop.wait(self._settings.heartbeat_s)
 

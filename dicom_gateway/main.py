@@ -7,7 +7,6 @@ ends it at once with status 2 and one line that says which.
 
 import logging
 import signal
-import sys
 import threading
 
 import structlog
@@ -21,28 +20,15 @@ from dicom_gateway.spool import Spool
 from dicom_gateway.status import StatusServer, status
 from dicom_gateway.sweep import sweep
 from dicom_gateway.uplink import Uplink
+from storage import logs
 from storage.errors import ConfigurationError, YuanzhenError
 from storage.receipts import load_public_key
 
 log = structlog.get_logger(__name__)
 
 _JOIN_S = 10.0
-
-
-def configure_logging() -> None:
-    """One JSON object a line on stdout."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(ensure_ascii=False),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stdout),
-        cache_logger_on_first_use=True,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs presigned URLs
+_SIGNAL_S = 0.5
+"""The kernel may give a signal to any thread; Python's handler runs when the main thread next wakes up."""
 
 
 def keep_house(settings: GatewaySettings, spool: Spool, stop: threading.Event) -> None:
@@ -52,9 +38,9 @@ def keep_house(settings: GatewaySettings, spool: Spool, stop: threading.Event) -
             while spool.free_kept() and not stop.is_set():
                 pass
         except YuanzhenError as error:
-            log.warning("house not kept", action="spool.keep_failed", reason=error.reason)
+            log.warning("spool.keep_failed", reason=error.reason)
         except Exception:  # the edge of the thread
-            log.exception("house not kept", action="spool.keep_error")
+            log.exception("spool.keep_error")
         stop.wait(settings.keep_check_s)
 
 
@@ -79,11 +65,12 @@ def run(settings: GatewaySettings, stop: threading.Event) -> None:
     for thread in threads:
         thread.start()
     log.info(
-        "ready", action="gateway.ready", site=settings.site, ae_title=settings.ae_title, host=settings.host, port=port,
+        "gateway.ready", site=settings.site, ae_title=settings.ae_title, host=settings.host, port=port,
         status_port=local.port,
     )  # fmt: skip
-    stop.wait()
-    log.info("stopping", action="gateway.stopping")
+    while not stop.wait(_SIGNAL_S):
+        pass
+    log.info("gateway.stopping")
     scp.stop()
     uplink.stop(_JOIN_S)
     client.close()  # ends the long poll of the report feed
@@ -91,22 +78,23 @@ def run(settings: GatewaySettings, stop: threading.Event) -> None:
         thread.join(_JOIN_S)
     local.close()
     spool.close()
-    log.info("stopped", action="gateway.stopped")
+    log.info("gateway.stopped")
 
 
 def main() -> int:
     """Entry point. Returns the exit status."""
-    configure_logging()
+    logs.configure("gateway")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs presigned URLs
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         run(load(), stop)
     except ConfigurationError as error:
-        log.error("cannot start", action="gateway.misconfigured", reason=error.reason)
+        log.error("gateway.misconfigured", reason=error.reason)
         return 2
     except OSError as error:
-        log.error("cannot start", action="gateway.cannot_start", reason=str(error))
+        log.error("gateway.cannot_start", reason=str(error))
         return 2
     return 0
 

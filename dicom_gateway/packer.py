@@ -98,7 +98,7 @@ class Packer:
             temporary.rename(path)
         except (MalformedDataSetError, FileNotFoundError) as error:
             temporary.unlink(missing_ok=True)
-            log.error("pack could not be built", action="packer.damaged", study_id=chosen.study_id, error=str(error))
+            log.error("packer.damaged", study_id=chosen.study_id, error=str(error))
             self._find_damaged(chosen)
             return False
         except OSError as error:

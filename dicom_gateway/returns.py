@@ -68,7 +68,7 @@ class ReportReturn:
         """Bring reports home until `stop`. Without a report CA nothing can be verified, so nothing is fetched."""
         if self._ca_pem is None:
             self.error = "No report CA is configured (report_ca_file): reports stay at the centre"
-            log.warning("reports stay at the centre", action="return.no_report_ca")
+            log.warning("return.no_report_ca")
             return
         # A daemon, and not waited for at the stop: it may sit in a long poll, and what it holds is durable.
         threading.Thread(target=self._listen, args=(stop,), name="report-feed", daemon=True).start()
@@ -76,10 +76,10 @@ class ReportReturn:
             try:
                 worked = self.work()
             except YuanzhenError as error:  # the spool's disk or database
-                log.warning("returns wait", action="return.waits", reason=error.reason)
+                log.warning("return.waits", reason=error.reason)
                 worked = False
             except Exception:  # the edge of the thread: a mistake of ours must not end the returns in silence
-                log.exception("return step failed", action="return.step_failed")
+                log.exception("return.step_failed")
                 worked = False
             if not worked:
                 self._wake.wait(_IDLE_S)
@@ -94,12 +94,12 @@ class ReportReturn:
                 self.poll()
             except YuanzhenError as error:
                 if not self.error and not stop.is_set():
-                    log.warning("no report feed", action="return.feed_failed", reason=error.reason)
+                    log.warning("return.feed_failed", reason=error.reason)
                 self.error, tries = error.reason, tries + 1
                 stop.wait(self._pause_s(tries, error))
             except Exception:  # the edge of the thread; closing the client at the stop ends the poll in its own way
                 if not stop.is_set():
-                    log.exception("report feed failed", action="return.feed_error")
+                    log.exception("return.feed_error")
                     self.error, tries = "Internal error, see the gateway's log", tries + 1
                     stop.wait(self._pause_s(tries, None))
             else:
@@ -223,7 +223,7 @@ class ReportReturn:
             _note_acknowledgement(connection, item, state, at, detail)
 
         self._ledger.write(move)
-        log.info("report moved", action=f"return.{state}", report_id=item.report_id)
+        log.info(f"return.{state}", report_id=item.report_id)
 
     def _later(self, delivery: _Delivery, reason: str, pause_s: float) -> None:
         self._ledger.execute(
@@ -232,7 +232,7 @@ class ReportReturn:
             time.time() + pause_s,
             delivery.item.report_id,
         )
-        log.warning("report waits", action="return.report_waits", report_id=delivery.item.report_id, reason=reason)
+        log.warning("return.report_waits", report_id=delivery.item.report_id, reason=reason)
 
     def _refused(self, delivery: _Delivery, reason: str) -> None:
         """It will fail again until a person does something: tell them here, tell the centre, look again hourly."""
@@ -247,7 +247,7 @@ class ReportReturn:
             _note_acknowledgement(connection, item, "failed", now().isoformat(), reason[:_DETAIL_LENGTH])
 
         self._ledger.write(note)
-        log.error("report refused", action="return.refused", report_id=item.report_id, reason=reason)
+        log.error("return.refused", report_id=item.report_id, reason=reason)
 
     def _tell(self) -> bool:
         """Tell the centre what it has not heard. Returns whether it heard something."""
@@ -268,9 +268,7 @@ class ReportReturn:
                     time.time() + pause_s,
                     row["rowid"],
                 )
-                log.warning(
-                    "centre not told", action="return.not_told", report_id=row["report_id"], reason=error.reason
-                )
+                log.warning("return.not_told", report_id=row["report_id"], reason=error.reason)
                 continue
             self._ledger.execute(
                 "UPDATE report_acknowledgement SET told_at = ? WHERE rowid = ?", now().isoformat(), row["rowid"]

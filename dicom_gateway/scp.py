@@ -166,8 +166,7 @@ class StorageScp:
         asked = event.assoc.requestor.primitive
         self._count("rejected")
         log.warning(
-            "association rejected",
-            action="scp.association_rejected",
+            "scp.association_rejected",
             peer=event.assoc.requestor.address,
             calling_ae_title=asked.calling_ae_title if asked else "",
             called_ae_title=asked.called_ae_title if asked else "",
@@ -179,7 +178,7 @@ class StorageScp:
         """PS3.8 Table 9-10 Evt19: unrecognized or invalid PDU. pynetdicom aborts (AA-1, AA-8)."""
         if event.fsm_event == "Evt19" and event.current_state != "Sta13":  # Sta13: the rest of what was cut off
             self._count("not_dicom")
-            log.warning("not DICOM", action="scp.not_dicom", peer=event.assoc.requestor.address)
+            log.warning("scp.not_dicom", peer=event.assoc.requestor.address)
             connection = event.assoc.dul.socket.socket
             if connection is not None:
                 with contextlib.suppress(OSError):  # the peer was quicker
@@ -212,7 +211,7 @@ class StorageScp:
         except YuanzhenError as error:
             return self._refuse(arrival, error)
         except Exception:  # the edge of the process: no mistake of ours may look like Success
-            log.exception("store failed", action="scp.store_failed")
+            log.exception("scp.store_failed")
             self._count("failed")
             return _answer(PROCESSING_FAILURE, "Internal error, see the gateway's log")
         self._count(outcome)
@@ -221,7 +220,7 @@ class StorageScp:
     def _refuse(self, arrival: Arrival, error: YuanzhenError) -> Dataset:
         status = next((code for kind, code in _STATUS_OF if isinstance(error, kind)), PROCESSING_FAILURE)
         self._count("refused")
-        log.warning("store refused", action="scp.store_refused", status=f"{status:04X}", reason=error.reason)
+        log.warning("scp.store_refused", status=f"{status:04X}", reason=error.reason)
         if isinstance(error, MalformedDataSetError):
             try:
                 self._spool.keep_refused(
@@ -232,7 +231,7 @@ class StorageScp:
                     calling_ae_title=arrival.calling_ae_title,
                 )
             except RetryableError as trouble:
-                log.warning("refused data set not kept", action="scp.quarantine_failed", reason=trouble.reason)
+                log.warning("scp.quarantine_failed", reason=trouble.reason)
         return _answer(status, error.reason)
 
 

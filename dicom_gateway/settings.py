@@ -22,7 +22,7 @@ class GatewaySettings(BaseSettings):
     spool_dir: Path  # on a disk that survives a power cut; everything the gateway knows is below it
 
     # DICOM, from the hospital's side.
-    ae_title: AeTitle = "YUANZHEN"
+    ae_title: AeTitle = "YUANZHEN"  # called AE title; an association for any other is rejected
     host: str = "127.0.0.1"  # the LAN address is a decision of the person who installs
     port: int = Field(default=11112, ge=0, le=65535)  # 0: any free one, named in the ready line
     allowed_ae_titles: tuple[AeTitle, ...] = ()  # empty: any calling AE title
@@ -37,31 +37,31 @@ class GatewaySettings(BaseSettings):
     centre_proxy: str | None = None  # http://host:port, where the county has no other way out
     ca_file: Path  # who may have signed the centre's certificate
     cert_file: Path  # the gateway's own, which names its site
-    key_file: Path
+    key_file: Path  # of cert_file
     receipt_public_key_file: Path  # Ed25519: only its receipts free an instance
     report_ca_file: Path | None = None  # who may have issued the report signers' certificates
-    connect_timeout_s: float = Field(default=10.0, gt=0)
+    connect_timeout_s: float = Field(default=10.0, gt=0)  # then the next try, after a pause
     request_timeout_s: float = Field(default=30.0, gt=0)  # silence on a connection, not the length of a transfer
 
     # The local PACS that reports go home to.
-    pacs_host: str | None = None
-    pacs_port: int = Field(default=104, ge=1, le=65535)
-    pacs_ae_title: AeTitle = "PACS"
+    pacs_host: str | None = None  # none: reports are received and not delivered
+    pacs_port: int = Field(default=104, ge=1, le=65535)  # as the PACS listens
+    pacs_ae_title: AeTitle = "PACS"  # as the PACS calls itself
     pacs_character_set: Literal["GB18030", "ISO_IR 192"] = "GB18030"  # what most county PACS read
 
     # Spool.
     free_disk_watermark_bytes: int = Field(default=2 * 1024**3, ge=0)  # room for packs, SQLite and the system
     keep_days: float = Field(default=7.0, ge=0)  # after the receipt; reconcile repairs the centre from here
-    keep_check_s: float = Field(default=3600.0, gt=0)
+    keep_check_s: float = Field(default=3600.0, gt=0)  # how often what may be freed is freed
 
     # Uplink.
     gather_s: float = Field(default=1.0, ge=0)  # a series idle this long is packed as it is
     quiet_s: float = Field(default=10.0, ge=0)  # a study idle this long is announced as whole
     uplink_threads: int = Field(default=3, ge=1, le=16)  # packs under way at once; hides the link's round trip
-    retry_base_s: float = Field(default=0.5, gt=0)
+    retry_base_s: float = Field(default=0.5, gt=0)  # the first pause is at most this, each next up to twice the last
     retry_ceiling_s: float = Field(default=60.0, gt=0)  # the first try after a long outage comes within a minute
     refused_retry_s: float = Field(default=3600.0, gt=0)  # a refusal is asked again in case the centre changed its mind
-    heartbeat_s: float = Field(default=30.0, gt=0)
+    heartbeat_s: float = Field(default=30.0, gt=0)  # well below what the centre calls silence
 
     # Local status, loopback only.
     status_port: int = Field(default=0, ge=0, le=65535)  # 0: any free one, named in the ready line

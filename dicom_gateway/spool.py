@@ -321,7 +321,7 @@ class Spool:
                 self.ledger.execute("UPDATE instance SET freed_at = ? WHERE id = ?", now().isoformat(), row["id"])
                 self.object_path(row["sha256"]).unlink(missing_ok=True)
         if rows:
-            log.info("kept instances freed", action="spool.freed", instances=len(rows))
+            log.info("spool.freed", instances=len(rows))
         return len(rows)
 
     def pack_path(self, pack_id: str) -> Path:
@@ -363,7 +363,7 @@ class Spool:
             )
 
         self.ledger.write(mark)
-        log.error("spool file damaged", action="spool.damaged", instance_id=instance_id)
+        log.error("spool.damaged", instance_id=instance_id)
 
 
 def has_size(path: Path, size_bytes: int) -> bool:

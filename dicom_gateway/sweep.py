@@ -36,7 +36,7 @@ def sweep(spool: Spool) -> None:
         if row["archived_at"] is None and row["damaged_at"] is None:
             spool.mark_damaged(row["id"], row["sop_instance_uid"], row["sha256"])
     _drop_unfinished_packs(spool)
-    log.info("spool swept", action="spool.swept", temporary=temporary, orphans=orphans, lost=len(lost))
+    log.info("spool.swept", temporary=temporary, orphans=orphans, lost=len(lost))
 
 
 def _drop_unfinished_packs(spool: Spool) -> None:

@@ -39,8 +39,10 @@ from storage.wire import Commit, InstanceFacts, Inventory, Offer, PackPlan, Rece
 
 log = structlog.get_logger(__name__)
 
-_IDLE_S = 0.2
-"""How long a thread without work waits; the planner is woken by arrivals, the senders by the planner."""
+_IDLE_S = 0.5
+"""How long a sender without work waits, unless the planner wakes it: what waits for its time is seen this late."""
+_PLAN_S = 0.2
+"""How long the planner waits, unless an arrival wakes it: a series gone quiet is seen this late."""
 _VERIFYING_PATIENCE_S = 120.0
 """After this long in `verifying` the thread turns to another pack; the commit is asked again later."""
 _INVENTORY_BATCH = 20
@@ -109,11 +111,11 @@ class Uplink:
             try:
                 worked = step()
             except RetryableError as error:
-                log.warning("uplink waits", action="uplink.waits", reason=error.reason)
+                log.warning("uplink.waits", reason=error.reason)
                 self._stop.wait(1.0)
                 continue
             except Exception:  # the edge of the thread: a mistake of ours must not end the uplink in silence
-                log.exception("uplink step failed", action="uplink.step_failed")
+                log.exception("uplink.step_failed")
                 self._stop.wait(5.0)
                 continue
             if not worked:
@@ -124,13 +126,12 @@ class Uplink:
     # Planning
 
     def _plan(self) -> bool:
-        self._spool.arrived.wait(_IDLE_S)
+        self._spool.arrived.wait(_PLAN_S)
         self._spool.arrived.clear()
         if self._packer.plan():
             with self._planned:
                 self._planned.notify_all()
-            return True
-        return False
+        return True  # it has done its waiting
 
     # Sending
 
@@ -257,7 +258,7 @@ class Uplink:
         self._spool.ledger.write(mark)
         self._spool.pack_path(pack["pack_id"]).unlink(missing_ok=True)
         log.info(
-            "pack receipted", action="uplink.receipted", pack_id=pack["pack_id"], study_id=pack["study_id"],
+            "uplink.receipted", pack_id=pack["pack_id"], study_id=pack["study_id"],
             instances=len(instances), size_bytes=pack["size_bytes"], tries=pack["tries"],
         )  # fmt: skip
 
@@ -273,7 +274,7 @@ class Uplink:
             pack["pack_id"],
         )
         log.warning(
-            "pack will be tried again", action="uplink.retry", pack_id=pack["pack_id"], tries=pack["tries"] + 1,
+            "uplink.retry", pack_id=pack["pack_id"], tries=pack["tries"] + 1,
             wait_s=round(wait_s, 2), reason=error.reason,
         )  # fmt: skip
         if isinstance(error, RejectedPackError) and not self._spool.is_whole_pack(pack["pack_id"], pack["sha256"]):
@@ -295,7 +296,7 @@ class Uplink:
 
         self._spool.ledger.write(refuse)
         self._spool.pack_path(pack["pack_id"]).unlink(missing_ok=True)
-        log.error("pack refused", action="uplink.refused", pack_id=pack["pack_id"], reason=error.reason)
+        log.error("uplink.refused", pack_id=pack["pack_id"], reason=error.reason)
 
     # Inventory
 
@@ -360,7 +361,7 @@ class Uplink:
             study["last_received_at_s"],
         )
         if changed:
-            log.info("study complete at the centre", action="uplink.complete", study_id=study["id"])
+            log.info("uplink.complete", study_id=study["id"])
 
     def _offer_again(self, rows: list[sqlite3.Row]) -> None:
         """What the centre once signed for and now lacks; what is still on its way needs nothing."""

@@ -20,7 +20,7 @@ from reading_queue.worklist import RowId
 from storage.rows import Case, Event, Gateway, Report, Site, Study, Upload
 from storage.states import Transition
 from storage.transitions import account_actor, note
-from storage.vocabulary import CaseState, Conclusion, ReportState, Role, StudyState, UploadState
+from storage.vocabulary import CaseState, Conclusion, Priority, ReportState, Role, StudyState, UploadState
 
 router = APIRouter()
 COUNTY = require(Role.RADIOGRAPHER, Role.CLINICIAN)
@@ -50,6 +50,11 @@ class CountyRow:
     case: Case | None
     report: Report | None  # the newest signed
     steps: list[Step]
+
+    @property
+    def priority(self) -> Priority:
+        """As the rules have it, once they have spoken."""
+        return self.case.priority if self.case is not None else self.study.priority
 
     @property
     def critical(self) -> bool:
@@ -130,7 +135,7 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
         .group_by(Event.study_id)
     )
     completed: dict[int | None, datetime] = {row[0]: row[1] for row in completions}
-    return [
+    rows = [
         CountyRow(
             study,
             case,
@@ -142,6 +147,8 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
         )
         for study, case in found
     ]  # fmt: skip
+    # What rings stands first; the rest by time of arrival (sorted() keeps the order of equals).
+    return sorted(rows, key=lambda row: not row.critical)
 
 
 def _gateways(session: Session, now: datetime) -> list[dict[str, Any]]:

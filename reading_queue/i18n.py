@@ -1,7 +1,7 @@
 """The pages' words in Chinese and English, and how times, ages and names are written.
 
-Texts are data: `texts/<module>.toml`, one table a key with `zh` and `en`; a template says `t(…)` with `module.key`. A text
-that is missing stops the process when it is asked for, and a test asks for all of them.
+Texts are data: `texts/<module>.toml`, one table a key with `zh` and `en`; a template says `t(…)` with `module.key`.
+A missing text stops whoever asks for it, and a test asks for all of them.
 """
 
 import tomllib
@@ -90,9 +90,11 @@ def local_clock(moment: datetime | None, time_zone: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A length of time for a table: `8 s`, `3:05` (minutes), `2 h 05`, `3 d 04 h`; a dash for None."""
+    """A length of time for a table: `0.3 s`, `18 s`, `3:05` (minutes), `2 h 05`, `3 d 04 h`; a dash for None."""
     if seconds is None:
         return "–"
+    if abs(seconds) < 9.95:
+        return f"{seconds:.1f} s".replace("-", "−")
     whole = timedelta(seconds=round(abs(seconds)))
     sign = "−" if seconds <= -0.5 else ""
     total = int(whole.total_seconds())

@@ -72,6 +72,7 @@ def page(
             person=person,
             csrf=person.csrf_token if person else "",
             language=language,
+            time_zone=time_zone,
             path=request.url.path + (f"?{request.url.query}" if request.url.query else ""),
             now=datetime.now(UTC),
             t=partial(_text, language),

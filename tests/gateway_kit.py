@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import pydicom
 from pydicom.data import get_testdata_file
 from pydicom.filebase import DicomBytesIO
@@ -198,7 +199,9 @@ class GatewayProcess:
         self.wait()
 
     def terminate(self) -> int:
-        os.killpg(self.process.pid, signal.SIGTERM)
+        # The gateway itself, not its wrapper: strace that is told to end lets go of what it traces.
+        wrapped = psutil.Process(self.process.pid).children(recursive=True)
+        os.kill(wrapped[-1].pid if wrapped else self.process.pid, signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int:

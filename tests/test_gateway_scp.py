@@ -175,12 +175,17 @@ def test_a_retired_class_is_stored_like_any_other(gateway):
     assert answer.Status == 0x0000
 
 
-SENDABLE = [path for path in pydicom_files() if path.stat().st_size < 2_000_000 and "DICOMDIR" not in path.name]
+REFUSED = {
+    "MR_truncated.dcm", "rtplan_truncated.dcm", "emri_small_jpeg_2k_lossless_too_short.dcm",  # cut off
+    "bad_sequence.dcm", "JPEGLSNearLossless_08.dcm", "JPEGLSNearLossless_16.dcm",  # no Study Instance UID, or none
+    "SC_rgb_jls_lossy_line.dcm", "SC_rgb_jls_lossy_sample.dcm",
+}  # fmt: skip
+SENDABLE = [path for path in pydicom_files() if path.stat().st_size < 500_000 and "DICOMDIR" not in path.name]
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # one of pydicom's files has a digest for a UID
 def test_every_real_file_arrives_byte_for_byte_or_is_refused_with_a_reason(gateway):
-    seen = refused = 0
+    seen, refused = 0, set()
     for path in SENDABLE:
         transfer_syntax_uid, data = data_set_of(path)
         with warnings.catch_warnings():
@@ -203,9 +208,9 @@ def test_every_real_file_arrives_byte_for_byte_or_is_refused_with_a_reason(gatew
             else:
                 assert stored  # the same content came in another encoding before
         else:
-            refused += 1
+            refused.add(path.name)
             assert answer.ErrorComment and len(answer.ErrorComment) <= 64
-    assert seen > 120 and refused <= 6
+    assert seen > 120 and refused == REFUSED
 
 
 def test_an_unknown_sop_class_is_rejected_as_a_presentation_context(gateway):

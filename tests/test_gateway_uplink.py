@@ -168,7 +168,7 @@ def test_a_refused_study_does_not_stop_the_others(tmp_path, centre):
         until(gateway.quarantine, "quarantine")
         sent = gateway.send(3)
         until(lambda: set(sent) <= set(centre.archive), "the second study")
-        assert gateway.spool.backlog().instances == 1
+        until(lambda: gateway.spool.backlog().instances == 1, "the second study receipted")
 
 
 def test_a_long_outage_loses_nothing_and_ends_by_itself(gateway, centre):

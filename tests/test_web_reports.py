@@ -4,24 +4,35 @@ Real typst, pyHanko, S3 with object lock. Leaves out how the PDF and the DICOM o
 """
 
 import hashlib
+import threading
 from io import BytesIO
 
+import numpy as np
 import pydicom
 import pytest
 import sqlalchemy as sa
+from PIL import Image
 from pyhanko.pdf_utils.reader import PdfFileReader
 
+from reading_queue import heat_map
 from storage.database import Database
+from storage.errors import MalformedDataSetError, ObjectStoreError
+from storage.objects import Objects
 from storage.rows import Case, DraftVersion, FeedEntry, Report
 from storage.states import Transition
 from storage.transitions import SYSTEM, move, verify_chain
 from storage.vocabulary import CaseState, ReportState
 from tests.test_claims import expire
-from tests.web import DISPLAY, PIN, Browser, Web, signing_pki, web
+from tests.web import DISPLAY, PIN, Browser, Web, add_finding, heat_map_file, signing_pki, web
 
 __all__ = ["signing_pki", "web"]
 
-TEXT = {"findings": "右肺下叶见片状影。", "impression": "右肺下叶炎症可能。", "conclusion": "positive", "language": "zh"}
+TEXT = {
+    "findings": "右肺下叶见片状影。",
+    "impression": "右肺下叶炎症可能。",
+    "conclusion": "positive",
+    "language": "zh",
+}
 
 
 @pytest.fixture
@@ -156,7 +167,7 @@ def test_a_wrong_pin_changes_nothing_and_five_rest(web: Web, reader: Browser) ->
 def test_an_unfinished_report_is_not_signed(web: Web, reader: Browser, changes: dict[str, str], words: str) -> None:
     case_id = web.case()
     lease = reader.claim(case_id)
-    revision = web.report_text(reader, case_id, lease, **changes)
+    revision = web.report_text(reader, case_id, lease, 0, **changes)
     answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
     assert answer.status_code == 422 and words in answer.json()["detail"]
 
@@ -252,3 +263,73 @@ def test_a_sign_in_that_ended_while_typing_is_said_and_the_draft_goes_on_after_i
     assert (status, problem["type"]) == (401, "sign-in")
     again = web.sign_in("reader-a")  # in another window: a new token, the same lease
     assert save(again, case_id, lease, 1, impression="过期之后")[0] == 200
+
+
+def test_when_the_object_store_is_away_nothing_is_signed_and_signing_again_works(
+    web: Web, reader: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    fields = {"lease": lease, "revision": revision, "pin": PIN}
+
+    def away(*_: object) -> None:
+        raise ObjectStoreError("Object store did not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "put_locked", away)
+        answer = reader.post(f"/cases/{case_id}/sign", **fields)
+    assert (answer.status_code, answer.json()["type"], answer.headers["retry-after"]) == (503, "unavailable", "5")
+    assert draft_row(web.database, case_id).revision == revision and web.row(case_id).state is CaseState.CLAIMED
+    assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 200
+
+
+def test_a_case_that_leaves_the_readers_hands_while_signing_stays_unsigned(
+    web: Web, reader: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    other = web.sign_in("reader-a2")
+    put = Objects.put_locked
+
+    def slow(store: Objects, key: str, data: bytes) -> None:
+        if key.endswith(".pdf"):
+            expire(web, case_id)
+            other.claim(case_id)
+        put(store, key, data)
+
+    monkeypatch.setattr(Objects, "put_locked", slow)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    assert (answer.status_code, answer.json()["type"]) == (409, "lease-lost")
+    assert web.events("report.signed") == [] and draft_row(web.database, case_id).pdf_key is None
+    with web.database.centre() as session:
+        assert session.scalars(sa.select(FeedEntry)).all() == []
+
+
+def test_a_heat_map_is_shown_as_a_picture_and_what_is_none_is_refused(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    web.objects.put("results/county-a/h1", heat_map_file())
+    run_id = add_finding(web, case_id, heat_map_key="results/county-a/h1")
+    picture = reader.get(f"/cases/{case_id}/runs/{run_id}/heat-map.png")
+    assert picture.headers["content-type"] == "image/png"
+    shown = np.asarray(Image.open(BytesIO(picture.content)))
+    assert shown.shape == (256, 256, 3) and shown[170, 90, 0] > 240
+    with pytest.raises(MalformedDataSetError):
+        heat_map.encode(np.zeros((2, 2), np.uint16))
+
+
+def test_a_draft_saved_by_two_tabs_at_once_is_saved_by_one(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    answers: list[int] = []
+
+    def once(text: str) -> None:
+        answers.append(save(reader, case_id, lease, 0, impression=text)[0])
+
+    threads = [threading.Thread(target=once, args=(f"第{n}份",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200, 409, 409, 409]

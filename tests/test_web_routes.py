@@ -89,7 +89,7 @@ def found_routes(app: FastAPI) -> list[Found]:
         calls = guards(route.dependant)
         roles = next((call.roles for call in calls if isinstance(call, Guard)), None)
         guarded = roles is not None or anyone in calls
-        found += [Found(method, route.path, roles, guarded) for method in route.methods - {"HEAD"}]
+        found += [Found(method, route.path, roles, guarded) for method in (route.methods or set()) - {"HEAD"}]
     return found
 
 

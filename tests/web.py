@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import sqlalchemy as sa
 import uvicorn
 from fastapi import FastAPI
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from deploy.pki import Pki, ensure_pki, issue_reader
 from reading_queue.app import create_app
@@ -22,7 +25,7 @@ from storage.database import Database
 from storage.objects import Objects
 from storage.rows import Account, Case, Event, ReaderGrant, Report, TriageRun
 from storage.settings import Settings
-from storage.vocabulary import CaseState, Priority, Role, RunMode, RunState, StudyState, TriageState
+from storage.vocabulary import Role, RunMode, RunState, StudyState, TriageState
 from tests.centre import Sites, add_case, add_study
 
 PASSWORD = "correct horse"
@@ -104,9 +107,7 @@ class Web:
         """A complete study with its case, queued."""
         study_values = {key: values.pop(key) for key in ("patient_id", "patient_name", "modalities") if key in values}
         with self.database.centre() as session:
-            study_id = add_study(
-                session, site_id or self.sites.county, uid, state=StudyState.COMPLETE, **study_values
-            )
+            study_id = add_study(session, site_id or self.sites.county, uid, state=StudyState.COMPLETE, **study_values)
             return add_case(session, study_id, **values)
 
     def report_text(self, browser: Browser, case_id: int, lease: str, revision: int = 0, **changes: str) -> int:
@@ -164,6 +165,25 @@ def add_finding(
         ).scalar_one()  # fmt: skip
 
 
+def heat_map_file() -> bytes:
+    """A Secondary Capture as triage keeps it: warm in the lower right lung."""
+    rows = np.arange(256)
+    glow = np.exp(-(((rows[:, None] - 170) / 40) ** 2 + ((rows[None, :] - 90) / 45) ** 2))
+    pixels = np.stack([255 * glow, 160 * glow * (1 - glow) * 2, 120 * (1 - glow)], axis=2).astype(np.uint8)
+    data_set = Dataset()
+    data_set.Rows, data_set.Columns, data_set.SamplesPerPixel = 256, 256, 3
+    data_set.PlanarConfiguration, data_set.BitsAllocated = 0, 8
+    data_set.BitsStored, data_set.HighBit, data_set.PixelRepresentation = 8, 7, 0
+    data_set.PhotometricInterpretation = "RGB"
+    data_set.SOPClassUID, data_set.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3.4.5"
+    data_set.PixelData = pixels.tobytes()
+    data_set.file_meta = FileMetaDataset()
+    data_set.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    out = BytesIO()
+    data_set.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
 def add_people(database: Database, sites: Sites) -> dict[str, int]:
     accounts = {}
     with database.centre() as session:
@@ -215,9 +235,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture
-def web(
-    database: Database, objects: Objects, sites: Sites, configuration: Settings, signing_pki: Pki
-) -> Iterator[Web]:
+def web(database: Database, objects: Objects, sites: Sites, configuration: Settings, signing_pki: Pki) -> Iterator[Web]:
     """The application, its people, a reader's and others' browsers."""
     accounts = add_people(database, sites)
     app = create_app(configuration.model_copy(update={"pki_dir": signing_pki.directory, "lease_s": 60}))
@@ -230,6 +248,3 @@ def web(
 
 def soon(minutes: float) -> datetime:
     return datetime.now(UTC) + timedelta(minutes=minutes)
-
-
-__all__ = ["CaseState", "Path", "Priority", "signing_pki", "web"]

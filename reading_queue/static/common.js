@@ -48,6 +48,11 @@ export async function renewSession() {
   return true;
 }
 
+// A moment as a clock on the centre's wall shows it, wherever this browser is.
+export function clock(moment) {
+  return new Intl.DateTimeFormat("en-GB", { timeZone: words.timeZone, hour: "2-digit", minute: "2-digit" }).format(moment);
+}
+
 const noticeBox = document.getElementById("notice");
 let noticeTimer = 0;
 export function notice(text, { seconds = 8 } = {}) {
@@ -71,7 +76,7 @@ export async function waiting(promise, text = words.working) {
 export function typing(event) {
   const target = event.target;
   return event.isComposing || event.keyCode === 229 || event.ctrlKey || event.metaKey || event.altKey
-    || target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName);
+    || target.isContentEditable || target.matches("textarea, select, input:not([type=radio], [type=checkbox])");
 }
 
 export function keys(bindings) {

@@ -13,10 +13,10 @@ if (box) {
     textStyle: { fontFamily: style.getPropertyValue("--font"), color: colour("--text") },
     color: shades,
     legend: { top: 0, left: 8, itemWidth: 12, itemHeight: 12, textStyle: { color: colour("--text") } },
-    grid: { left: 10, right: 60, top: 58, bottom: 8, containLabel: true },
+    grid: { left: 150, right: 60, top: 40, bottom: 30 },
     tooltip: { trigger: "axis", axisPointer: { type: "shadow" }, renderMode: "richText", valueFormatter: (value) => `${value} ${data.unit}` },
     xAxis: { type: "value", name: data.unit, nameTextStyle: { color: colour("--quiet") }, axisLabel: { color: colour("--quiet") }, splitLine: { lineStyle: { color: colour("--line") } } },
-    yAxis: { type: "category", inverse: true, data: data.parts, axisLabel: { color: colour("--text") } },
+    yAxis: { type: "category", inverse: true, data: data.parts, axisLabel: { color: colour("--text"), width: 135, overflow: "break" } },
     series: data.series.map((one) => ({ ...one, type: "bar", stack: "all", barWidth: 22 })),
   });
   window.addEventListener("resize", () => chart.resize());

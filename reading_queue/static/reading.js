@@ -1,5 +1,5 @@
 // The reading screen: a draft that saves itself and never loses a sentence, the lease's heartbeat, the signature, keys.
-import { Refused, getText, keys, notice, post, renewSession, waiting } from "/static/common.js";
+import { Refused, clock, getText, keys, notice, post, renewSession, waiting } from "/static/common.js";
 
 const main = document.getElementById("reading");
 const words = main.dataset;
@@ -81,7 +81,7 @@ class Editor {
       });
       this.revision = answer.revision;
       this.saved = text;
-      this.say(words.tSaved.replace("%time%", new Date().toTimeString().slice(0, 5)));
+      this.say(words.tSaved.replace("%time%", clock(new Date())));
       if (this.dirty()) this.touched();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
@@ -147,7 +147,7 @@ class Editor {
     const theirs = document.createElement("div");
     theirs.className = "theirs";
     theirs.textContent = `${problem.text.findings}\n— ${problem.text.impression}`;
-    const time = new Date(problem.saved_at).toTimeString().slice(0, 5);
+    const time = clock(new Date(problem.saved_at));
     const question = words.tConflict.replace("%name%", problem.author).replace("%time%", time);
     this.ask([
       question, theirs,

@@ -156,7 +156,12 @@ keys({
   ArrowDown: () => step(1),
   k: () => step(-1),
   ArrowUp: () => step(-1),
-  Enter: (event) => (event.target.closest("a, button") ? event.target.closest("a, button").click() : open(current())),
+  Enter: (event) => {
+    // A button of a dialog that has just closed keeps the focus for a moment: that Enter is for the list.
+    const control = event.target.closest("a, button");
+    if (control && !control.closest("dialog")) control.click();
+    else open(current());
+  },
   n: next,
   e: explain,
   "/": () => search.focus(),
