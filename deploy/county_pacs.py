@@ -103,7 +103,8 @@ def main(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     pacs.say(action="pacs.ready", host=host, port=server.server_address[1], ae_title=ae_title)
-    stop.wait()
+    while not stop.wait(1.0):  # a wait without end can miss the signal in the main thread
+        pass
     server.shutdown()
 
 
