@@ -5,7 +5,7 @@ dependency, and its built `dist` needs none). Every tarball is pinned by version
 unpacked once; text files get a gzip and a Brotli twin, so that the server compresses nothing while people wait.
 
     assets/ohif/      the viewer
-    assets/js/        htmx.min.js, htmx-ext-sse.min.js, echarts.min.js
+    assets/js/        htmx.min.js, echarts.min.js
     assets/webfonts/  Noto Sans SC for the pages: 400.css, 700.css
     assets/fonts/     what the report is set in (deploy/fonts.py)
 """
@@ -86,12 +86,6 @@ PACKAGES = (
         "2.0.11",
         "Thx/WtpeOQqSrqBCw/A1cwGJGg4UrVa3+sW0GmrM3p4gJgO89ecH4qtbnyzDDWFvBTqjnIMCgELTNt636dtamA==",
         _one("dist/htmx.min.js", "js/htmx.min.js"),
-    ),
-    Package(
-        "htmx-ext-sse",
-        "2.2.4",
-        "LJmxVhykyflBWgh5PvbRidcyuqMHlgfajmmzumvKctv9puvsufeH6OaejSMZTNTnEI8O2wXXn4ZZtBdpEMqmEQ==",
-        _one("dist/sse.min.js", "js/htmx-ext-sse.min.js"),
     ),
     Package(
         "echarts",

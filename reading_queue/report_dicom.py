@@ -239,9 +239,7 @@ def encapsulate(
 
     Raises ConfigurationError for a character set that is not in CHARACTER_SETS.
     """
-    dataset = _common(
-        study, content, kind="pdf", sop_class_uid=EncapsulatedPDFStorage, character_set=character_set
-    )
+    dataset = _common(study, content, kind="pdf", sop_class_uid=EncapsulatedPDFStorage, character_set=character_set)
     title = _TITLE_CODES.get(content.modality, _DIAGNOSTIC_IMAGING_REPORT)
     _put(
         dataset,

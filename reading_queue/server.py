@@ -1,11 +1,10 @@
 """`python -m reading_queue.server`: the pages, by uvicorn, where settings() says."""
 
-import logging
-
 import structlog
 import uvicorn
 
 from reading_queue.app import create_app
+from storage import logs
 from storage.errors import ConfigurationError
 from storage.settings import settings
 
@@ -14,19 +13,11 @@ _STOP_S = 2  # live streams are cut then; browsers come back by themselves
 
 def main() -> None:
     """Serve until SIGTERM. Raises ConfigurationError if the pages' files are not set up."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
-            structlog.processors.EventRenamer("action"),
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-    )
+    logs.configure("web")
     chosen = settings()
     for needed in ("js/htmx.min.js", "js/echarts.min.js", "webfonts/400.css"):
         if not (chosen.assets_dir / needed).is_file():
-            raise ConfigurationError(f"{chosen.assets_dir / needed} is missing: run `make assets`")
+            raise ConfigurationError(f"{chosen.assets_dir / needed} is missing: run `make setup`")
     structlog.get_logger().info("web.starting", host=chosen.web_host, port=chosen.web_port)
     uvicorn.run(
         create_app(chosen),

@@ -101,7 +101,6 @@ def test_set_up_brought_what_pages_and_reports_need() -> None:
     for name in (
         "ohif/index.html",
         "js/htmx.min.js",
-        "js/htmx-ext-sse.min.js",
         "js/echarts.min.js",
         "webfonts/400.css",
         "fonts/NotoSansCJKjp-Regular.otf",
