@@ -112,6 +112,34 @@ def rules_test(
     raise typer.Exit(status)
 
 
+audit = typer.Typer(help="The audit trail.", no_args_is_help=True)
+app.add_typer(audit, name="audit")
+
+
+@audit.command("verify")
+def audit_verify() -> None:
+    """Hold every event against its neighbours and the signed daily heads. Exit status 1 if anything differs."""
+    from deploy import stack
+    from routing.heads import verify_heads
+    from storage.database import Database
+    from storage.objects import Objects
+    from storage.receipts import load_public_key
+    from storage.settings import settings as centre_settings
+
+    if "YUANZHEN_DATABASE_URL" not in os.environ:  # no centre is named: the one on this machine
+        os.environ.update(stack.read_state(stack.var_directory()).get("environment", {}))
+    configuration = centre_settings()
+    database = Database(configuration.database_url, pool_size=1)
+    public_key = load_public_key((configuration.pki_dir / "receipt.pub").read_bytes())
+    verdict = verify_heads(database, Objects(configuration), public_key)
+    database.close()
+    for fault in verdict.faults:
+        typer.echo(f"◆ {fault}")
+    counts = f"{verdict.events} events of {verdict.studies} studies, {verdict.days} signed days"
+    typer.echo(f"{counts}: {len(verdict.faults)} faults" if verdict.faults else f"{counts}: all as signed")
+    raise typer.Exit(1 if verdict.faults else 0)
+
+
 @app.command()
 def settings() -> None:
     """Print the table of settings (docs/settings.md)."""

@@ -39,6 +39,7 @@ PATIENCE_S = 120.0
 CHAOS_PATIENCE_S = 300.0
 CHAOS_SERVICES = ("gateway", "worker", "triage", "web", "ingest", "s3", "clock")
 _PAUSE_S = 0.2
+_PRINTED_WIDTH = 150  # where there is no terminal: wide enough for the table
 _ENCAPSULATED_PDF = "1.2.840.10008.5.1.4.1.1.104.1"
 _TEXT = {
     "findings": "演示报告：由远诊演示程序写入，仅用于核对流程。\nWritten by the demonstration: proves the way only.",
@@ -52,6 +53,8 @@ Say = Callable[[str], None]
 def run(*, as_json: bool, chaos: bool = False) -> int:
     """Run against the stack of this directory, or a temporary one. Returns the exit status."""
     console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console = Console(stderr=as_json, width=_PRINTED_WIDTH)
     say: Say = console.print if not as_json else lambda text: console.print(text, highlight=False)
     began = time.monotonic()
     with ExitStack() as cleanup:
@@ -185,7 +188,7 @@ class _Demonstration:
                 digests = reader.data_set_digests(facts["case_id"], file.study_instance_uid)
                 facts["sha256_retrieved"] = digests.get(file.sop_instance_uid, "")
                 if file is chosen:
-                    self._sign(reader, facts["case_id"], account["pin"], file.label)
+                    self._sign(reader, facts["case_id"], len(digests), account["pin"], file.label)
             finally:
                 reader.close()
         case_id = studies[chosen.study_instance_uid]["case_id"]
@@ -204,11 +207,11 @@ class _Demonstration:
             "covers_whole_document": signature is not None and signature.covers_whole_document,
         }
 
-    def _sign(self, reader: DemoReader, case_id: int, pin: str, label: str) -> None:
+    def _sign(self, reader: DemoReader, case_id: int, images: int, pin: str, label: str) -> None:
         lease = reader.claim(case_id)
         revision = reader.draft(case_id, lease, _TEXT)
-        first = reader.sign(case_id, lease, revision, pin)
-        if first and reader.sign(case_id, lease, revision, pin):
+        first = reader.sign(case_id, lease, revision, images, pin)
+        if first and reader.sign(case_id, lease, revision, images, pin):
             self.problems.append("The report could be signed twice")
         if not demo_watch.report_state(self.database, case_id):
             self.problems.append(f"The report of the {label} was not signed")
@@ -257,7 +260,12 @@ _COLUMNS = {
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    table = Table("study", "bytes", "queue", "due (UTC)", "triage", *(f"{name}, s" for name in _COLUMNS))
+    table = Table(title="seconds from step to step")
+    for name in ("study", "bytes", "queue", "due UTC"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("triage")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
     for facts in result["studies"]:
         case = facts.get("case") or {}
         runs = "; ".join(_run_in_words(run) for run in facts.get("triage", []))
@@ -266,7 +274,7 @@ def _show(console: Console, result: dict[str, Any]) -> None:
             "equal" if facts.get("digests_equal") else "[red]DIFFER[/red]",
             f"{case.get('specialty', '')} {case.get('queue_position') or ''}",
             case.get("due_at", "")[11:16],
-            runs or case.get("triage", ""),
+            runs or case.get("triage", "").replace("_", " "),
             *(_seconds(facts.get("milestones", {}), *ends) for ends in _COLUMNS.values()),
         )
     console.print(table)
@@ -288,7 +296,8 @@ def _seconds(milestones: dict[str, str], start: str, end: str) -> str:
 
 def _run_in_words(run: dict[str, Any]) -> str:
     positive = [
-        f"{finding['text_en']} {finding['probability']:.2f}" for finding in run["findings"] if finding.get("positive")
+        f"{finding['text_en']} {finding['probability']:.3f}" for finding in run["findings"] if finding.get("positive")
     ]
-    outcome = ", ".join(positive) or run["reason"] or run["state"]
-    return f"{run['model']} {run['version']} ({run['mode']}): {outcome}"
+    reason = run["reason"].rpartition(" / ")[2]  # "中文 / English"
+    outcome = ", ".join(positive) or reason or ("no flag" if run["state"] == "done" else run["state"])
+    return f"{run['model']} {run['version']}: {outcome}"

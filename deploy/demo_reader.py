@@ -71,11 +71,11 @@ class DemoReader:
             return int(answer.json()["revision"])
         return int(self._ok(answer).json()["revision"])
 
-    def sign(self, case_id: int, lease: str, revision: int, pin: str) -> bool:
-        """Sign the draft. False: it was signed already (the answer to an earlier try was lost)."""
-        form = {"lease": lease, "revision": str(revision), "pin": pin}
+    def sign(self, case_id: int, lease: str, revision: int, images: int, pin: str) -> bool:
+        """Sign the draft for the `images` seen. False: it was signed already (an earlier try's answer was lost)."""
+        form = {"lease": lease, "revision": str(revision), "images": str(images), "pin": pin}
         answer = self._send("POST", f"/cases/{case_id}/sign", data=form)
-        if answer.status_code == httpx.codes.CONFLICT:
+        if answer.status_code == httpx.codes.CONFLICT and answer.json().get("type") == "signed":
             return False
         self._ok(answer)
         return True

@@ -23,6 +23,9 @@ import psutil
 _PORTS = range(20000, 32000)
 _PR_SET_PDEATHSIG = 1
 _MARK = "YUANZHEN_STACK_VAR"
+_CHILD_UMASK = 0o077
+"""What a child writes (images, reports, keys) is for its own account only. The supervisor does without: it makes the
+folders on the way to PostgreSQL's data, and PostgreSQL's account must be able to pass them."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,6 +55,10 @@ class Command:
     stop_seconds: float = 20.0
 
 
+def _for_owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def die_with_parent() -> None:
     """Ask the kernel to SIGKILL this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG)."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -64,9 +71,10 @@ class Child:
         """Start `command`, its output appended to `log`. `mark` names the run (see `leftovers`)."""
         self.command = command
         account = command.account
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log.parent.chmod(0o700)
         # Appending, so that the supervisor may cut the file under a running child (see deploy/logs in stack.py).
-        with log.open("ab") as out:
+        with open(log, "ab", opener=_for_owner_only) as out:
             self._process = subprocess.Popen(
                 list(command.argv),
                 cwd=command.cwd,
@@ -78,6 +86,7 @@ class Child:
                 user=account.uid if account else None,
                 group=account.gid if account else None,
                 extra_groups=[] if account else None,
+                umask=_CHILD_UMASK,
                 # After the change of user, which would clear it. The supervisor has one thread, so this is safe.
                 preexec_fn=die_with_parent,  # noqa: PLW1509
             )

@@ -193,6 +193,7 @@ class Supervisor:
                 older = path.with_suffix(f".log.{number}")
                 if older.exists():
                     older.replace(path.with_suffix(f".log.{number + 1}"))
+            path.with_suffix(".log.1").touch(mode=0o600)
             shutil.copyfile(path, path.with_suffix(".log.1"))
             with path.open("r+b") as file:
                 file.truncate(0)

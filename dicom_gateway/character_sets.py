@@ -1,8 +1,8 @@
-"""Patient text as Unicode, whatever it was labelled (PS3.5 6.1, PS3.3 C.12.1.1.2).
+"""Which character set the text of a data set really is in, whatever it was labelled (PS3.3 C.12.1.1.2).
 
 Chinese modalities send GB18030 or GBK under the label ISO_IR 100 or under none, and UTF-8 under either. All text of
 one data set is evidence together: a label that the bytes do not bear out is replaced, and the one that was used is
-named. Decoding comes before any splitting on `^`, `=` or `\\`: a second byte of GBK may be 0x5C or 0x5E.
+named. The centre then reads by that name; decoding itself is the same code on both sides (storage/character_sets.py).
 
 The bytes themselves are never changed: this is only how they are read.
 """
@@ -13,27 +13,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage.character_sets import DEFAULT, declared_codec, decode
+
 GB18030 = "GB18030"
 UTF_8 = "ISO_IR 192"
 
-_CODEC_OF_NUMBER = {
-    6: "ascii", 13: "shift_jis", 58: "gb18030", 87: "ascii", 100: "latin_1", 101: "iso8859_2", 109: "iso8859_3",
-    110: "iso8859_4", 126: "iso8859_7", 127: "iso8859_6", 138: "iso8859_8", 144: "iso8859_5", 148: "iso8859_9",
-    149: "euc_kr", 159: "ascii", 166: "tis_620", 192: "utf_8", 203: "iso8859_15",
-}  # fmt: skip
-"""ISO registration number to codec, for bytes outside escape sequences (PS3.3 Tables C.12-2 to C.12-5)."""
-
-_CODEC_OF_ESCAPE: dict[bytes, tuple[str, bool]] = {
-    b"(B": ("ascii", False), b"(J": ("shift_jis", False), b")I": ("shift_jis", False),
-    b"-A": ("latin_1", False), b"-B": ("iso8859_2", False), b"-C": ("iso8859_3", False), b"-D": ("iso8859_4", False),
-    b"-F": ("iso8859_7", False), b"-G": ("iso8859_6", False), b"-H": ("iso8859_8", False), b"-L": ("iso8859_5", False),
-    b"-M": ("iso8859_9", False), b"-T": ("tis_620", False), b"-b": ("iso8859_15", False),
-    b"$B": ("iso2022_jp", True), b"$(D": ("iso2022_jp_2", True),
-    b"$)C": ("euc_kr", False), b"$)A": ("gb18030", False),
-}  # fmt: skip
-"""Escape sequence to (codec, whether the codec wants to see the escape) (PS3.3 Tables C.12-3 and C.12-4)."""
-
-_NUMBERED = re.compile(r"ISO[ _-]*(?:2022)?[ _-]*(?:IR)?[ _-]*(\d+)$")
 _HIGH_RUN = re.compile(rb"[\x80-\xff]+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -47,52 +31,18 @@ class TextReading:
 
     def read(self, value: bytes) -> str:
         """Text without control characters and without the padding around it; what cannot be read becomes U+FFFD."""
-        text = _with_escapes(value, self.codec) if b"\x1b" in value else value.decode(self.codec, "replace")
+        text = decode(value, self.codec)
         return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cs")).strip()
-
-
-def _with_escapes(value: bytes, codec: str) -> str:
-    """PS3.5 6.1.2.5: an escape sequence holds until the next one."""
-    first, *others = value.split(b"\x1b")
-    text = first.decode(codec, "replace")
-    for part in others:
-        escape = next((known for known in _CODEC_OF_ESCAPE if part.startswith(known)), None)
-        if escape is None:
-            text += part.decode(codec, "replace")
-        else:
-            used, sees_escape = _CODEC_OF_ESCAPE[escape]
-            body = b"\x1b" + part if sees_escape else part[len(escape) :]
-            text += body.decode(used, "replace")
-    return text
-
-
-def declared_codec(specific_character_set: str) -> str | None:
-    """Codec of the first value of (0008,0005); None if it is empty or no term that is known, however spelled."""
-    term = specific_character_set.split("\\", maxsplit=1)[0].strip(" \0").upper()
-    numbered = _NUMBERED.search(term)
-    if numbered:
-        return _CODEC_OF_NUMBER.get(int(numbered[1]))
-    if "GB" in term:  # GB18030, GBK, GB2312, ISO 2022 GBK: each inside the next, and GB18030 holds all
-        return "gb18030"
-    return "utf_8" if term in ("UTF-8", "UTF8", "UNICODE") else None
-
-
-def _others(specific_character_set: str) -> list[str]:
-    return specific_character_set.split("\\")[1:]
 
 
 def choose(specific_character_set: str, values: Sequence[bytes]) -> TextReading:
     """How to read these values, given their label. Never raises: some reading is always possible."""
-    declared = declared_codec(specific_character_set)
-    if declared in (None, "ascii") and any(
-        declared_codec(term) == "gb18030" for term in _others(specific_character_set)
-    ):
-        declared = "gb18030"  # `\ISO 2022 IR 58`: ASCII, and Chinese by escapes (PS3.5 K.2), which some leave out
+    declared = declared_codec(specific_character_set.split("\\"))
     high = [value for value in values if not value.isascii() and b"\x1b" not in value]
     if not high:
-        return TextReading(declared or "ascii")
+        return TextReading(declared or DEFAULT)
     utf_8, gb = _all_decoded(high, "utf_8"), _all_decoded(high, "gb18030")
-    if declared in (None, "ascii", "latin_1"):
+    if declared in (None, DEFAULT, "latin_1"):
         return _unlabelled(declared, high, utf_8, gb)
     if declared == "gb18030":
         if utf_8 is not None and _weight(utf_8) > _weight(gb or ""):

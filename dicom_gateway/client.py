@@ -17,12 +17,17 @@ from dicom_gateway.settings import GatewaySettings
 from storage import wire
 from storage.errors import DigestMismatchError, LinkError, NotFoundError, PermanentError
 
+
+class CentreFaultError(LinkError):
+    """The centre answered 500: the link is there, and it failed on this very message."""
+
+
 M = TypeVar("M", bound=wire.Message)
 ReportKind = Literal["pdf", "encapsulated", "sr"]
 
 _PUT_BLOCK_BYTES = 256 * 1024
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
-_TOO_MANY, _NOT_FOUND = 429, 404
+_TOO_MANY, _NOT_FOUND, _FAULT = 429, 404, 500
 _RETRYABLE_4XX = frozenset({408, 425, _TOO_MANY})
 
 
@@ -134,7 +139,8 @@ class CentreClient:
         if 400 <= status < 500 and status not in _RETRYABLE_4XX:
             reason = f"The centre refused ({status}): {_detail(answer)}"
             raise NotFoundError(reason) if status == _NOT_FOUND else PermanentError(reason)
-        raise LinkError(f"The centre answered {status}", _retry_after_s(answer))
+        kind = CentreFaultError if status == _FAULT else LinkError
+        raise kind(f"The centre answered {status}", _retry_after_s(answer))
 
     @staticmethod
     def _read(answer: httpx.Response, kind: type[M]) -> M:

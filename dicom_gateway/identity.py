@@ -5,7 +5,7 @@ Only a few top-level elements are read, by offset; the rest of the data set is n
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 
 from dicom_gateway.character_sets import choose
 from storage.dataset import DEFLATED_SYNTAXES, Data, inflate, top_level_values
@@ -48,7 +48,7 @@ _TEXT = frozenset({
 })  # fmt: skip
 """VRs LO, LT, PN, SH: those that Specific Character Set governs (PS3.5 6.1.2.3)."""
 
-_UID = re.compile(r"[0-9.]{1,64}")  # looser than PS3.5 9.1: components with leading zeros are out there
+_UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")  # PS3.5 9.1, but components with leading zeros are out there
 _PRIORITY = {"STAT": Priority.STAT, "HIGH": Priority.URGENT}
 """Requested Procedure Priority (PS3.3 C.4.11: STAT, HIGH, ROUTINE, MEDIUM, LOW), Study Priority ID (HIGH, MED, LOW)."""
 _LONGEST_IDENTIFIER = {"PatientID": 256, "IssuerOfPatientID": 256, "AccessionNumber": 64}
@@ -66,10 +66,17 @@ class Identity:
 
 
 def identify(
-    data: Data, transfer_syntax_uid: str, *, calling_ae_title: str, called_ae_title: str, received_at: datetime
+    data: Data,
+    transfer_syntax_uid: str,
+    *,
+    calling_ae_title: str,
+    called_ae_title: str,
+    received_at: datetime,
+    zone: tzinfo,
 ) -> Identity:
-    """Read a data set's identity. Raises MalformedDataSetError where a UID is missing or is none, or an identifier is
-    too long to be carried whole. An absent patient name, ID or date is fine (type 2)."""
+    """Read a data set's identity; times in it that name no zone are in `zone`. Raises MalformedDataSetError where a UID
+    is missing or is none, or an identifier is too long to be carried whole. An absent patient name, ID or date is fine
+    (type 2)."""
     if transfer_syntax_uid in DEFLATED_SYNTAXES:
         data, transfer_syntax_uid = inflate(data), "1.2.840.10008.1.2.1"
     raw = {_KEYWORD_OF[tag]: value for tag, value in top_level_values(data, transfer_syntax_uid, _KEYWORD_OF).items()}
@@ -99,7 +106,7 @@ def identify(
         clinical_question=_first(
             text, "ReasonForTheRequestedProcedure", "ReasonForStudy", "AdmittingDiagnosesDescription"
         )[:2000],
-        acquired_at=_acquired_at(raw),
+        acquired_at=_acquired_at(raw, zone),
         first_received_at=received_at,
     )
     return Identity(
@@ -142,8 +149,9 @@ def _priority(raw: dict[str, bytes]) -> Priority:
     return next((_PRIORITY[word] for word in words if word in _PRIORITY), Priority.ROUTINE)
 
 
-def _acquired_at(raw: dict[str, bytes]) -> datetime | None:
-    """The modality's clock, as UTC; a value without a zone is in the zone of Timezone Offset From UTC, or in ours."""
+def _acquired_at(raw: dict[str, bytes], local: tzinfo) -> datetime | None:
+    """The modality's clock, as UTC. A DT may carry its offset; what carries none is in Timezone Offset From UTC
+    (PS3.3 C.12.1.1.8), and where that is absent in `local`, never in the zone of the machine this runs on."""
     stamp = _code(raw, "AcquisitionDateTime")
     for prefix in ("Acquisition", "Content", "Study"):
         if not stamp and (date := _date(raw, f"{prefix}Date")) and (time := _code(raw, f"{prefix}Time")):
@@ -151,16 +159,14 @@ def _acquired_at(raw: dict[str, bytes]) -> datetime | None:
     moment = re.fullmatch(r"(\d{8})(\d{2})(\d{2})(\d{2})?(?:\.(\d{1,6}))?([+-]\d{4})?", stamp)
     if moment is None:
         return None
-    day, hour, minute, second, fraction, zone = moment.groups()
+    day, hour, minute, second, fraction, suffix = moment.groups()
     try:
         naive = datetime.strptime(day + hour + minute + (second or "00"), "%Y%m%d%H%M%S")
         naive = naive.replace(microsecond=int((fraction or "0").ljust(6, "0")))
-        offset = _OFFSET.fullmatch(zone or _code(raw, "TimezoneOffsetFromUTC"))
-        if offset is None:
-            return naive.astimezone(UTC)
-        minutes = int(offset[2]) * 60 + int(offset[3])
-        return naive.replace(tzinfo=timezone(timedelta(minutes=-minutes if offset[1] == "-" else minutes))).astimezone(
-            UTC
-        )
+        offset = _OFFSET.fullmatch(suffix or _code(raw, "TimezoneOffsetFromUTC"))
+        if offset is not None:
+            minutes = int(offset[2]) * 60 + int(offset[3])
+            local = timezone(timedelta(minutes=-minutes if offset[1] == "-" else minutes))
+        return naive.replace(tzinfo=local).astimezone(UTC)
     except (ValueError, OverflowError):
         return None

@@ -4,8 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 
+from dicom_gateway.enrol import StoreOutcome
 from dicom_gateway.identity import identify
-from dicom_gateway.spool import Spool, StoreOutcome
+from dicom_gateway.spool import Spool
 from storage.dataset import Data, find_pixel_data
 from storage.errors import MalformedDataSetError
 from storage.wire import MAX_OBJECT_BYTES, InstanceFacts
@@ -40,6 +41,7 @@ def receive(spool: Spool, arrival: Arrival) -> StoreOutcome:
         calling_ae_title=arrival.calling_ae_title,
         called_ae_title=arrival.called_ae_title,
         received_at=arrival.received_at,
+        zone=spool.zone,
     )
     # PS3.4 B.2.3: A900, the data set does not match the SOP Class; nor may it be another instance.
     for what, announced, found in (

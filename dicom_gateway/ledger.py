@@ -74,7 +74,8 @@ class Ledger:
             verdict = str(error)
         if verdict != "ok":
             raise ConfigurationError(
-                f"{self._path}: the spool's database is damaged ({verdict}); restore it, keep objects/"
+                f"{self._path}: the spool's database is damaged ({verdict}); move spool.db* away and start again:"
+                " it is built from objects/"
             )
         return connection
 

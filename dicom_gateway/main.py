@@ -6,6 +6,7 @@ ends it at once with status 2 and one line that says which.
 """
 
 import logging
+import os
 import signal
 import threading
 
@@ -83,6 +84,7 @@ def run(settings: GatewaySettings, stop: threading.Event) -> None:
 
 def main() -> int:
     """Entry point. Returns the exit status."""
+    os.umask(0o077)  # whatever it writes is patient data
     logs.configure("gateway")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs presigned URLs
     stop = threading.Event()

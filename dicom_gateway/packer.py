@@ -3,6 +3,7 @@
 A series waits only `gather_s` after its last instance, or until a pack is full; nobody waits for a study to be whole.
 Packs are built a few ahead of the link, not for the whole backlog, so a long outage does not fill the disk twice. A
 pack can always be built again: its file is not synced, and one that a power cut tore is found by size or by the centre.
+Packs that the centre fails on are not ahead of anything: what is behind them goes on, up to a bound for the disk.
 """
 
 import sqlite3
@@ -32,6 +33,10 @@ _OF_SERIES = """
     WHERE pack_id IS NULL AND archived_at IS NULL AND damaged_at IS NULL AND study_id = ? AND series_instance_uid = ?
     ORDER BY id LIMIT ?
 """
+
+
+_OPEN_FOR_EACH_AHEAD = 4
+"""Open packs in all, those that the centre fails on too, for each that may be ahead: the disk's bound."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,15 @@ class Packer:
         """The most urgent series that is ready, if its lane has no more than enough packs ahead of it already."""
         ledger = self._spool.ledger
         ahead = ledger.rows(
-            "SELECT s.lane_rank, count(*) AS packs FROM pack p JOIN study s ON s.id = p.study_id"
-            " WHERE p.state IN ('planned', 'put') GROUP BY s.lane_rank"
+            "SELECT s.lane_rank, count(*) AS open, sum(p.centre_faults = 0) AS packs FROM pack p"
+            " JOIN study s ON s.id = p.study_id WHERE p.state IN ('planned', 'put') GROUP BY s.lane_rank"
         )
         series = ledger.row(_READY, MAX_PACK_BYTES, time.time() - self._settings.gather_s)
         if series is None:
             return None
         if sum(row["packs"] for row in ahead if row["lane_rank"] <= series["lane_rank"]) >= self._ahead:
+            return None
+        if sum(row["open"] for row in ahead) >= _OPEN_FOR_EACH_AHEAD * self._ahead:
             return None
         rows: list[sqlite3.Row] = []
         size = 0

@@ -6,7 +6,9 @@ from typing import Literal
 
 from dicom_gateway.ledger import Ledger
 
-Kind = Literal["refused_data_set", "variant", "damaged", "refused_by_centre", "missing_at_centre", "report_refused"]
+Kind = Literal[
+    "refused_data_set", "variant", "damaged", "refused_by_centre", "missing_at_centre", "report_refused", "orphan"
+]
 """As in the table's CHECK (schema.py)."""
 
 

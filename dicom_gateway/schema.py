@@ -121,4 +121,30 @@ VERSIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX report_acknowledgement_open ON report_acknowledgement (next_try_at_s) WHERE told_at IS NULL",
         "CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     ),
+    (
+        # The patient is more than the Patient ID, which may be empty: a digest of all that is said (enrol.py).
+        "ALTER TABLE study RENAME COLUMN patient_id TO patient_key",
+        # How often the centre failed on this very pack (HTTP 500).
+        "ALTER TABLE pack ADD COLUMN centre_faults INTEGER NOT NULL DEFAULT 0",
+        """
+        CREATE TABLE quarantine_2 (
+            id INTEGER PRIMARY KEY,
+            kind TEXT NOT NULL CHECK (kind IN ('refused_data_set', 'variant', 'damaged', 'refused_by_centre',
+                'missing_at_centre', 'report_refused', 'orphan')),
+            subject TEXT NOT NULL,             -- SOP Instance UID, pack id, Study Instance UID, or a file's name
+            reason TEXT NOT NULL,
+            sha256 TEXT,                       -- refused_data_set: quarantine/<sha256>; NULL: the bytes are not kept
+            size_bytes INTEGER,
+            calling_ae_title TEXT NOT NULL DEFAULT '',
+            times INTEGER NOT NULL DEFAULT 1,
+            first_at TEXT NOT NULL,
+            last_at TEXT NOT NULL,
+            resolved_at TEXT,
+            UNIQUE (kind, subject, reason)
+        )
+        """,
+        "INSERT INTO quarantine_2 SELECT * FROM quarantine",
+        "DROP TABLE quarantine",
+        "ALTER TABLE quarantine_2 RENAME TO quarantine",
+    ),
 )

@@ -1,8 +1,9 @@
 """The DICOM services of the gateway: Verification and Storage as SCP (PS3.4 Annexes A and B), on pynetdicom.
 
 Every C-STORE ends in one of the rows of `_STATUS_OF`: Success only after the spool said that the instance is kept.
-pynetdicom is given three things it lacks: PDUs are bounded before they are read, reads fill one buffer, and delayed
-acknowledgements are off (a DCMTK sender with Nagle's algorithm otherwise waits 40 ms for each image).
+pynetdicom is given what it lacks: PDUs are bounded before they are read, reads fill one buffer, delayed
+acknowledgements are off (a DCMTK sender with Nagle's algorithm otherwise waits 40 ms for each image), connections that
+ask for nothing do not keep others out, and the memory of all messages under way is bounded (dicom_gateway/inflow.py).
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt, register_uid
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import uid_to_service_class
-from pynetdicom.transport import AssociationServer, RequestHandler, ThreadedAssociationServer
+from pynetdicom.transport import AssociationServer, RequestHandler
 
+from dicom_gateway.inflow import Inflow, Received
 from dicom_gateway.intake import Arrival, DataSetMismatchError, receive
 from dicom_gateway.quarantine import now
 from dicom_gateway.settings import GatewaySettings
@@ -44,6 +46,8 @@ _STATUS_OF: tuple[tuple[type[YuanzhenError], int], ...] = (
 MAX_COMMENT_CHARACTERS = 64  # ErrorComment (0000,0902) is LO
 MAX_PDU_BYTES = 8 * 1024 * 1024
 """Far above an A-ASSOCIATE-RQ with 128 contexts and above any P-DATA-TF that we allow."""
+_WAITING_FOR_EACH_ASSOCIATION = 2
+"""Connections that have not asked yet, for each association that may be: two threads each."""
 _STOP_PATIENCE_S = 5.0
 
 
@@ -72,22 +76,59 @@ class _Contexts(list[Any]):
         return self
 
 
+class _Entity(AE):
+    """Counts only peers that asked for an association towards the maximum: a bare connection is none."""
+
+    @property
+    def active_associations(self) -> list[Any]:
+        return [one for one in super().active_associations if one.requestor.primitive is not None]
+
+
 class _Handler(RequestHandler):
+    server: "_Server"
+
     def _create_association(self) -> Any:
         association: Any = super()._create_association()
         transport = association.dul.socket
         transport.recv = partial(_read_exactly, transport)
+        self.server.inflow.watch(association)
         return association
 
 
-class _Server(ThreadedAssociationServer):
+class _Server(AssociationServer):
+    """Not pynetdicom's threaded one: each association has its threads anyway, and here connections are counted right.
+
+    Of connections that have not asked for an association there are never more than `waiting_most`: the oldest of the
+    address that has most of them goes when another one comes. A modality asks at once, so it is not among the oldest.
+    """
+
     request_queue_size = 128
-    daemon_threads = True
+    inflow: Inflow
+    waiting_most: int
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Make room; every connection is let in."""
+        waiting = [one for one in self.active_associations if one.requestor.primitive is None and not one._kill]
+        while len(waiting) >= self.waiting_most:
+            addresses = Counter(one.requestor.address for one in waiting)
+            busiest = max(addresses.values())
+            oldest = next(one for one in waiting if addresses[one.requestor.address] == busiest)
+            waiting.remove(oldest)
+            _let_go(oldest)
+        return True
 
     def shutdown(self) -> None:
         """Stop accepting; pynetdicom's own also wants to be found in a list of the AE."""
         super(AssociationServer, self).shutdown()
         self.server_close()
+
+
+def _let_go(association: Any) -> None:
+    """Hang up on a connection; its threads end as if the peer had (PS3.8 Evt17), in whatever state they are."""
+    connection = association.dul.socket.socket
+    if connection is not None:
+        with contextlib.suppress(OSError):  # the peer was quicker
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class StorageScp:
@@ -98,6 +139,7 @@ class StorageScp:
         self._spool = spool
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._inflow = Inflow(settings.receive_memory_bytes)
         self._storing = 0  # C-STOREs being answered now
         self._server: Any = None
         self._thread: threading.Thread | None = None
@@ -108,7 +150,7 @@ class StorageScp:
         for uid in STORAGE_SOP_CLASSES:
             if uid_to_service_class(uid) is not StorageServiceClass:  # the retired ones
                 register_uid(uid, f"Storage_{uid.replace('.', '_')}", StorageServiceClass)
-        entity = AE(ae_title=settings.ae_title)
+        entity = _Entity(ae_title=settings.ae_title)
         entity.require_called_aet = True
         entity.require_calling_aet = list(settings.allowed_ae_titles)
         entity.maximum_associations = settings.maximum_associations
@@ -125,11 +167,14 @@ class StorageScp:
             request_handler=_Handler,
             evt_handlers=[
                 (evt.EVT_CONN_OPEN, self._on_connection),
+                (evt.EVT_CONN_CLOSE, lambda event: self._inflow.forget(event.assoc)),
                 (evt.EVT_REJECTED, self._on_rejected),
                 (evt.EVT_FSM_TRANSITION, self._on_transition),
                 (evt.EVT_C_STORE, self._on_store),
             ],
         )
+        self._server.inflow = self._inflow
+        self._server.waiting_most = _WAITING_FOR_EACH_ASSOCIATION * settings.maximum_associations
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="scp", daemon=True)
         self._thread.start()
         return int(self._server.server_address[1])
@@ -175,7 +220,10 @@ class StorageScp:
         )
 
     def _on_transition(self, event: Any) -> None:
-        """PS3.8 Table 9-10 Evt19: unrecognized or invalid PDU. pynetdicom aborts (AA-1, AA-8)."""
+        """PS3.8 Table 9-10. Evt17 in Sta2: the peer hung up before it asked for anything; the thread that waits for it
+        is told. Evt19: unrecognized or invalid PDU. pynetdicom aborts (AA-1, AA-8)."""
+        if event.fsm_event == "Evt17" and event.current_state == "Sta2":
+            event.assoc.dul.to_user_queue.put(None)
         if event.fsm_event == "Evt19" and event.current_state != "Sta13":  # Sta13: the rest of what was cut off
             self._count("not_dicom")
             log.warning("scp.not_dicom", peer=event.assoc.requestor.address)
@@ -190,15 +238,18 @@ class StorageScp:
         try:
             return self._store(event)
         finally:
+            if isinstance(event.request.DataSet, Received):
+                event.request.DataSet.release()
             with self._counting:
                 self._storing -= 1
 
     def _store(self, event: Any) -> Dataset:
         """Answer one C-STORE. Whatever goes wrong, the answer is a failure and says what and where."""
         request = event.request
+        received = request.DataSet
         asked = event.assoc.requestor.primitive
         arrival = Arrival(
-            data=request.DataSet.getvalue() if request.DataSet else b"",
+            data=received.getvalue() if received else b"",
             transfer_syntax_uid=str(event.context.transfer_syntax),
             sop_class_uid=str(request.AffectedSOPClassUID or ""),
             sop_instance_uid=str(request.AffectedSOPInstanceUID or ""),
@@ -207,6 +258,8 @@ class StorageScp:
             received_at=now(),
         )
         try:
+            if isinstance(received, Received) and received.overflowed:
+                raise OutOfSpaceError("No memory for a data set of this size now")
             outcome = receive(self._spool, arrival)
         except YuanzhenError as error:
             return self._refuse(arrival, error)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,6 +20,7 @@ class GatewaySettings(BaseSettings):
 
     site: str = Field(min_length=1, max_length=32)  # the site's code, as in its certificate and on its receipts
     name: str = ""  # shown to people
+    timezone: str = "Asia/Shanghai"  # of the modalities' clocks, where a data set has no offset from UTC itself
     spool_dir: Path  # on a disk that survives a power cut; everything the gateway knows is below it
 
     # DICOM, from the hospital's side.
@@ -30,7 +32,8 @@ class GatewaySettings(BaseSettings):
     maximum_pdu_bytes: int = Field(default=262_144, ge=4096)  # fewer, larger PDUs: Python pays for each
     network_timeout_s: float = Field(default=60.0, gt=0)  # a peer silent this long between messages is gone
     dimse_timeout_s: float = Field(default=60.0, gt=0)  # a message begun and not finished
-    acse_timeout_s: float = Field(default=30.0, gt=0)  # a connection that never asks for an association
+    acse_timeout_s: float = Field(default=5.0, gt=0)  # a connection that never asks for an association
+    receive_memory_bytes: int = Field(default=1024**3, gt=0)  # all data sets under way; one may have half of it
 
     # The centre.
     centre_url: str  # https://host:port
@@ -51,6 +54,7 @@ class GatewaySettings(BaseSettings):
 
     # Spool.
     free_disk_watermark_bytes: int = Field(default=2 * 1024**3, ge=0)  # room for packs, SQLite and the system
+    refused_keep_bytes: int = Field(default=2 * 1024**3, ge=0)  # of refused data sets, for a person to look at
     keep_days: float = Field(default=7.0, ge=0)  # after the receipt; reconcile repairs the centre from here
     keep_check_s: float = Field(default=3600.0, gt=0)  # how often what may be freed is freed
 
@@ -73,6 +77,15 @@ class GatewaySettings(BaseSettings):
             raise ValueError("the centre is spoken to over https only")
         return value.rstrip("/")
 
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:  # OSError: a name that is a folder of zones
+            raise ValueError(f"there is no time zone {value!r} on this machine") from error
+        return value
+
     @model_validator(mode="after")
     def _files_exist(self) -> Self:
         for name in ("ca_file", "cert_file", "key_file", "receipt_public_key_file", "report_ca_file"):
@@ -80,6 +93,11 @@ class GatewaySettings(BaseSettings):
             if path is not None and not path.is_file():
                 raise ValueError(f"{name}: there is no file {path}")
         return self
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """`timezone` itself."""
+        return ZoneInfo(self.timezone)
 
 
 def load() -> GatewaySettings:

@@ -3,14 +3,16 @@
     spool_dir/
       spool.db            rows (dicom_gateway/schema.py), WAL, synchronous=FULL
       objects/ab/abcd…    one data set as received, named by its SHA-256
+      objects/ab/abcd….json  what its rows are made of (enrol.KeptFacts): spool.db can be built again from these
       incoming/           being written; nothing here was ever answered with Success
       packs/              being sent; can be built again from objects
       quarantine/         bytes that were refused, with a row that says why
+      quarantine/orphans/ objects that were found without rows and without facts
       lock                held by the one process that works here
 
-Order of a store: write, fsync, rename to the digest's name, fsync the directory, row in a committed transaction, and
-only then Success (design §4.1). A crash before the row leaves a file that nobody was promised, which sweep.py removes
-at the next start. A crash after it leaves all.
+Order of a store: write facts and bytes, fsync both, rename facts and then bytes to the digest's name, fsync the
+directory, row in a committed transaction, and only then Success (design §4.1). Bytes that have their name therefore
+have their facts, and are kept whatever becomes of the row: sweep.py makes it again at the next start.
 """
 
 import errno
@@ -23,11 +25,11 @@ import threading
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 
 import structlog
 
+from dicom_gateway.enrol import KeptFacts, StoreOutcome, enrol
 from dicom_gateway.ledger import Ledger
 from dicom_gateway.quarantine import note_quarantine, now
 from dicom_gateway.settings import GatewaySettings
@@ -39,23 +41,13 @@ from storage.errors import (
     OutOfSpaceError,
     RetryableError,
 )
-from storage.vocabulary import Lane, Priority
 from storage.wire import InstanceFacts, StudyFacts
 
 log = structlog.get_logger(__name__)
 
-LANE_OF = {Priority.STAT: Lane.STAT, Priority.URGENT: Lane.URGENT, Priority.ROUTINE: Lane.ROUTINE}
-_LANE_RANK = {lane: rank for rank, lane in enumerate(Lane)}
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FACTS_SUFFIX = ".json"
 PREFIXES = tuple(f"{number:02x}" for number in range(256))
-
-
-class StoreOutcome(StrEnum):
-    """What became of one C-STORE that is answered with Success."""
-
-    STORED = "stored"
-    ALREADY_STORED = "already_stored"  # the same bytes, or the same content in another encoding: nothing to add
-    VARIANT = "variant"  # the UID is known with other content: stored beside the first, a person is told
 
 
 @dataclass(frozen=True)
@@ -86,19 +78,22 @@ class Spool:
 
     def __init__(self, settings: GatewaySettings) -> None:
         """Open; `sweep.sweep` is called next. Raises ConfigurationError if another process holds the directory, or if
-        the database is gone while objects are there."""
+        the database is damaged."""
         self._settings = settings
         self.directory = settings.spool_dir
+        self.zone = settings.zone
         self.objects, self.packs = self.directory / "objects", self.directory / "packs"
         self.incoming, self.refused = self.directory / "incoming", self.directory / "quarantine"
-        for path in (self.objects, self.packs, self.incoming, self.refused):
+        self.orphans = self.refused / "orphans"
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)  # patient data: also where the directory was made by somebody else
+        for path in (self.objects, self.packs, self.incoming, self.refused, self.orphans):
             path.mkdir(parents=True, exist_ok=True)
         for prefix in PREFIXES:  # here and now, so that no store has to sync a new directory's parent
             (self.objects / prefix).mkdir(exist_ok=True)
         for path in (self.objects, self.directory, self.directory.parent):
             _sync_directory(path)
         self._lock = self._hold()
-        self._refuse_lost_database()
         self.ledger = Ledger(self.directory / "spool.db")
         _sync_directory(self.directory)
         self._digest_locks = [threading.Lock() for _ in PREFIXES]
@@ -118,23 +113,19 @@ class Spool:
             raise ConfigurationError(f"{self.directory}: another gateway is working in this spool") from error
         return handle
 
-    def _refuse_lost_database(self) -> None:
-        """Without its rows every object would look like a leftover and be swept: stop instead."""
-        if not (self.directory / "spool.db").exists() and next(self.objects.glob("*/*"), None) is not None:
-            os.close(self._lock)
-            raise ConfigurationError(
-                f"{self.directory}: objects are here but spool.db is gone; restore it or move objects/"
-            )
-
     def object_path(self, sha256: str) -> Path:
         """Where the data set with this digest lies."""
         return self.objects / sha256[:2] / sha256
+
+    def facts_path(self, sha256: str) -> Path:
+        """Where the facts of the data set with this digest lie."""
+        return facts_beside(self.object_path(sha256))
 
     # Intake
 
     def store(self, study: StudyFacts, instance: InstanceFacts, data: Data) -> StoreOutcome:
         """Keep one data set; on return it survives a power cut. OutOfSpaceError, RetryableError: nothing was kept."""
-        digest = instance.sha256
+        digest, kept = instance.sha256, KeptFacts(study=study, instance=instance)
         with self._digest_locks[int(digest[:2], 16)]:
             known = self.ledger.row(
                 "SELECT archived_at, damaged_at FROM instance WHERE sop_instance_uid = ? AND sha256 = ?",
@@ -144,16 +135,16 @@ class Spool:
             path = self.object_path(digest)
             if known is not None:
                 if known["archived_at"] is None and (known["damaged_at"] or not has_size(path, len(data))):
-                    self._write(path, data)  # the sender brings back what this disk lost
+                    self._keep(path, data, kept)  # the sender brings back what this disk lost
                     self._mark_whole(instance)
                 return StoreOutcome.ALREADY_STORED
             if self._is_known_in_another_encoding(instance, data):
                 return StoreOutcome.ALREADY_STORED
-            self._write(path, data)
+            self._keep(path, data, kept)
             try:
-                outcome = self.ledger.write(lambda connection: self._insert(connection, study, instance))
+                outcome = self.enrol([kept])[0]
             except BaseException:
-                path.unlink(missing_ok=True)  # no row names it, and this digest's lock is ours
+                remove_object(path)  # no row names it, and this digest's lock is ours
                 raise
         self.arrived.set()
         return outcome
@@ -184,73 +175,35 @@ class Spool:
         oldest = None if row["oldest"] is None else datetime.fromtimestamp(row["oldest"], UTC)
         return Backlog(row["instances"], row["size_bytes"], oldest)
 
-    def _write(self, path: Path, data: Data) -> None:
-        self._require_space(len(data))
-        temporary = self.incoming / uuid.uuid4().hex
-        try:
-            with temporary.open("xb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.rename(path)
-            _sync_directory(path.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _disk_error(error, "keeping an instance") from error
+    def enrol(self, kept: list[KeptFacts]) -> list[StoreOutcome]:
+        """Rows for instances whose files are here, in one transaction."""
+        quiet_s = self._settings.quiet_s
+        return self.ledger.write(lambda connection: [enrol(connection, one, quiet_s) for one in kept])
 
-    def _insert(self, connection: sqlite3.Connection, study: StudyFacts, instance: InstanceFacts) -> StoreOutcome:
-        received_at_s = instance.received_at.timestamp()
-        lane = LANE_OF[study.priority]
-        connection.execute(
-            "INSERT INTO study (study_instance_uid, patient_id, facts, lane, lane_rank, first_received_at,"
-            " last_received_at_s, inventory_due_at_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (study_instance_uid, patient_id) DO UPDATE SET complete_at = NULL, inventory_tries = 0,"
-            " last_received_at_s = max(last_received_at_s, excluded.last_received_at_s),"
-            " inventory_due_at_s = excluded.inventory_due_at_s",
-            (
-                study.study_instance_uid,
-                study.patient_id,
-                study.model_dump_json(),
-                lane,
-                _LANE_RANK[lane],
-                study.first_received_at.isoformat(),
-                received_at_s,
-                received_at_s + self._settings.quiet_s,
-            ),
-        )
-        (study_id,) = connection.execute(
-            "SELECT id FROM study WHERE study_instance_uid = ? AND patient_id = ?",
-            (study.study_instance_uid, study.patient_id),
-        ).fetchone()
-        others = connection.execute(
-            "SELECT count(*) FROM instance WHERE sop_instance_uid = ?", (instance.sop_instance_uid,)
-        ).fetchone()[0]
-        connection.execute(
-            "INSERT INTO instance (study_id, sop_instance_uid, sha256, series_instance_uid, size_bytes, facts, variant,"
-            " received_at_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                study_id,
-                instance.sop_instance_uid,
-                instance.sha256,
-                instance.series_instance_uid,
-                instance.size_bytes,
-                instance.model_dump_json(),
-                int(others > 0),
-                received_at_s,
-            ),
-        )
-        if not others:
-            return StoreOutcome.STORED
-        note_quarantine(
-            connection,
-            kind="variant",
-            subject=instance.sop_instance_uid,
-            reason="The same SOP Instance UID came again with other content; both are kept",
-            sha256=instance.sha256,
-            size_bytes=instance.size_bytes,
-            calling_ae_title=study.calling_ae_title,
-        )
-        return StoreOutcome.VARIANT
+    def keep_facts(self, kept: KeptFacts) -> None:
+        """Facts for an object that has none beside it."""
+        self._write([(self.facts_path(kept.instance.sha256), kept.model_dump_json().encode())])
+
+    def _keep(self, path: Path, data: Data, kept: KeptFacts) -> None:
+        self._write([(facts_beside(path), kept.model_dump_json().encode()), (path, data)])
+
+    def _write(self, files: list[tuple[Path, Data]]) -> None:
+        """Durably write files of one directory; the last has its name only when all others have theirs."""
+        self._require_space(sum(len(data) for _, data in files))
+        temporary = [self.incoming / uuid.uuid4().hex for _ in files]
+        try:
+            for place, (_, data) in zip(temporary, files, strict=True):
+                with place.open("xb") as out:
+                    out.write(data)
+                    out.flush()
+                    os.fsync(out.fileno())
+            for place, (path, _) in zip(temporary, files, strict=True):
+                place.rename(path)
+            _sync_directory(files[-1][0].parent)
+        except OSError as error:
+            for place in temporary:
+                place.unlink(missing_ok=True)
+            raise _disk_error(error, "keeping an instance") from error
 
     def _mark_whole(self, instance: InstanceFacts) -> None:
         self.ledger.execute(
@@ -286,10 +239,10 @@ class Spool:
 
         The sender got a failure and still has the object, so a full disk only costs the copy, never the row.
         """
-        path, kept = self.refused / sha256, True
+        path, kept = self.refused / sha256, len(data) <= self._settings.refused_keep_bytes
         try:
-            if not path.exists():
-                self._write(path, data)
+            if kept and not path.exists():
+                self._write([(path, data)])
         except RetryableError:
             kept = False
         self.ledger.write(
@@ -303,7 +256,26 @@ class Spool:
                 calling_ae_title=calling_ae_title,
             )
         )
+        if kept:
+            self._drop_refused()
         return kept
+
+    def _drop_refused(self) -> None:
+        """Keep to `refused_keep_bytes`: the oldest bytes go, their rows stay and say so (`sha256` is NULL). None of
+        them was ever answered with Success, so their senders have them still."""
+        rows = self.ledger.rows(
+            "SELECT sha256, max(size_bytes) AS size_bytes FROM quarantine"
+            " WHERE kind = 'refused_data_set' AND sha256 IS NOT NULL GROUP BY sha256 ORDER BY max(last_at)"
+        )
+        over = sum(row["size_bytes"] for row in rows) - self._settings.refused_keep_bytes
+        for row in rows:
+            if over <= 0:
+                break
+            self.ledger.execute(
+                "UPDATE quarantine SET sha256 = NULL WHERE kind = 'refused_data_set' AND sha256 = ?", row["sha256"]
+            )
+            (self.refused / row["sha256"]).unlink(missing_ok=True)
+            over -= row["size_bytes"]
 
     # Housekeeping
 
@@ -317,9 +289,9 @@ class Spool:
         )
         for row in rows:
             with self._digest_locks[int(row["sha256"][:2], 16)]:
-                # The row first: a crash in between leaves a file without a claim, which the next sweep removes.
+                # The row first: a crash in between leaves a file that may go, which the next sweep removes.
                 self.ledger.execute("UPDATE instance SET freed_at = ? WHERE id = ?", now().isoformat(), row["id"])
-                self.object_path(row["sha256"]).unlink(missing_ok=True)
+                remove_object(self.object_path(row["sha256"]))
         if rows:
             log.info("spool.freed", instances=len(rows))
         return len(rows)
@@ -364,6 +336,17 @@ class Spool:
 
         self.ledger.write(mark)
         log.error("spool.damaged", instance_id=instance_id)
+
+
+def facts_beside(path: Path) -> Path:
+    """Where the facts of an object lie: beside it, so that one directory sync is for both."""
+    return path.with_name(path.name + FACTS_SUFFIX)
+
+
+def remove_object(path: Path) -> None:
+    """Remove an object and its facts, the object first: facts alone mean nothing."""
+    path.unlink(missing_ok=True)
+    facts_beside(path).unlink(missing_ok=True)
 
 
 def has_size(path: Path, size_bytes: int) -> bool:

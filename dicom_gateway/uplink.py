@@ -2,6 +2,7 @@
 
 This is the one place that retries on the way up, and it never gives up (design §4.5): after a link error with full
 jitter up to `retry_ceiling_s`, after a refusal every `refused_retry_s`, with a row in the quarantine until it passes.
+A pack that the centre fails on (HTTP 500) again and again counts as refused, so that it does not hold up the others.
 Where a pack stands is in its row, so a restart goes on with the pack, not with the study:
 
     planned --offer, PUT--> put --commit--> receipted
@@ -20,7 +21,7 @@ from collections.abc import Callable
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from dicom_gateway.client import CentreClient
+from dicom_gateway.client import CentreClient, CentreFaultError
 from dicom_gateway.packer import Packer
 from dicom_gateway.quarantine import note_quarantine, now
 from dicom_gateway.settings import GatewaySettings
@@ -46,6 +47,10 @@ _PLAN_S = 0.2
 _VERIFYING_PATIENCE_S = 120.0
 """After this long in `verifying` the thread turns to another pack; the commit is asked again later."""
 _INVENTORY_BATCH = 20
+
+
+_FAULTS_BEFORE_REFUSED = 8
+"""Failures of the centre on one pack before it waits as a refused one does: about a minute, a restart of the centre."""
 
 
 class RejectedPackError(RetryableError):
@@ -143,6 +148,11 @@ class Uplink:
             self._send(pack)
         except PermanentError as error:
             self._refused(pack, error)
+        except CentreFaultError as error:
+            if pack["centre_faults"] + 1 >= _FAULTS_BEFORE_REFUSED:
+                self._refused(pack, error)
+            else:
+                self._later(pack, error, faults=1)
         except YuanzhenError as error:
             self._later(pack, error)
         finally:
@@ -262,13 +272,15 @@ class Uplink:
             instances=len(instances), size_bytes=pack["size_bytes"], tries=pack["tries"],
         )  # fmt: skip
 
-    def _later(self, pack: sqlite3.Row, error: YuanzhenError) -> None:
+    def _later(self, pack: sqlite3.Row, error: YuanzhenError, faults: int = 0) -> None:
         settings = self._settings
         wait_s = backoff_s(
             pack["tries"], settings.retry_base_s, settings.retry_ceiling_s, getattr(error, "retry_after_s", None)
         )
         self._spool.ledger.execute(
-            "UPDATE pack SET tries = tries + 1, next_try_at_s = ?, last_error = ? WHERE pack_id = ?",
+            "UPDATE pack SET tries = tries + 1, centre_faults = centre_faults + ?, next_try_at_s = ?, last_error = ?"
+            " WHERE pack_id = ?",
+            faults,
             time.time() + wait_s,
             error.reason,
             pack["pack_id"],
@@ -280,7 +292,7 @@ class Uplink:
         if isinstance(error, RejectedPackError) and not self._spool.is_whole_pack(pack["pack_id"], pack["sha256"]):
             self._spool.release_pack(pack["pack_id"])  # it was hurt here: build it again
 
-    def _refused(self, pack: sqlite3.Row, error: PermanentError) -> None:
+    def _refused(self, pack: sqlite3.Row, error: YuanzhenError) -> None:
         """Show it, keep it, ask again later. The file goes: it is built again from the instances."""
 
         def refuse(connection: sqlite3.Connection) -> None:
@@ -322,6 +334,10 @@ class Uplink:
                 Inventory(
                     study_instance_uid=facts.study_instance_uid,
                     patient_id=facts.patient_id,
+                    issuer_of_patient_id=facts.issuer_of_patient_id,
+                    patient_name=facts.patient_name,
+                    patient_birth_date=facts.patient_birth_date,
+                    patient_sex=facts.patient_sex,
                     instances=tuple(
                         ReceiptLine(sop_instance_uid=row["sop_instance_uid"], sha256=row["sha256"]) for row in lines
                     ),

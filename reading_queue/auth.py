@@ -252,6 +252,10 @@ def do_sign_in(
     token = sign_in(state.database, name, password, life_s=state.settings.session_life_s)
     if token is None:
         return page(request, "sign_in.html", status=401, next=local_path(next), username=name, refused=True)
+    before = request.cookies.get(SESSION_COOKIE)
+    person = person_of(state.database, before)
+    if before is not None and person is not None:
+        sign_out(state.database, before, person)  # the cookie is about to be forgotten: its session with it
     answer = RedirectResponse(local_path(next), 303)
     answer.set_cookie(
         SESSION_COOKIE,

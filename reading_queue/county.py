@@ -1,7 +1,8 @@
 """The county's page: what was sent, how far each study is, and its report. Own hospital only, by row-level security.
 
-The five steps are those a radiographer asks about on the telephone. Opening a report is written down once: when and
-by whom (the last segment of the turnaround).
+The five steps are those a radiographer asks about on the telephone. A critical or corrected report that nobody has
+opened stands first on every day's page until somebody does. Opening a report is written down once: when and by whom
+(the last segment of the turnaround); a version that was replaced is shown only to who asks for it knowing that.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from reading_queue.auth import Person, require
+from reading_queue.i18n import language_of, t
 from reading_queue.pages import page
+from reading_queue.problems import ConflictError, wants_page
 from reading_queue.reports import pdf_response
 from reading_queue.worklist import RowId
 from storage.rows import Case, Event, Gateway, Report, Site, Study, Upload
@@ -63,6 +66,11 @@ class CountyRow:
             self.report is not None and self.report.conclusion is Conclusion.CRITICAL and self.report.opened_at is None
         )
 
+    @property
+    def rings(self) -> bool:
+        """A critical value or a corrected report that nobody here has opened yet."""
+        return self.critical or (self.report is not None and self.report.version > 1 and self.report.opened_at is None)
+
 
 def steps_of(
     study: Study, case: Case | None, report: Report | None, announced: int, completed_at: datetime | None
@@ -97,20 +105,35 @@ def steps_of(
     ]
 
 
-def _rows(session: Session, since: datetime, until: datetime, search: str) -> list[CountyRow]:
-    conditions: list[sa.ColumnElement[bool]] = [Study.first_received_at < until]
-    # A study that is not reported yet stays on today's page, however old.
+def _ringing() -> sa.ColumnElement[bool]:
+    """Condition on Study: its standing report is critical or a correction, and nobody has opened it. Of any day."""
+    return sa.exists().where(
+        Report.study_id == Study.id,
+        Report.state.in_(_STANDING),
+        Report.opened_at.is_(None),
+        sa.or_(Report.conclusion == Conclusion.CRITICAL, Report.version > 1),
+    )
+
+
+def _of_day(since: datetime, until: datetime) -> sa.ColumnElement[bool]:
+    """Condition on Study: received on the day; today's page also has every older one without a report at home."""
     unfinished = ~sa.exists().where(Report.study_id == Study.id, Report.state == ReportState.DELIVERED)
-    recent = Study.first_received_at >= since
     still_open = sa.and_(unfinished, until > sa.func.clock_timestamp())
-    conditions.append(sa.or_(recent, still_open))
-    if search:
-        columns = (Study.patient_name, Study.patient_id, Study.accession_number)
-        conditions.append(sa.or_(*(sa.func.strpos(sa.func.lower(one), search.lower()) > 0 for one in columns)))
+    return sa.and_(Study.first_received_at < until, sa.or_(Study.first_received_at >= since, still_open))
+
+
+def _matching(search: str) -> sa.ColumnElement[bool]:
+    """Condition on Study: of any day, with these words in the name or a number."""
+    columns = (Study.patient_name, Study.patient_id, Study.accession_number)
+    return sa.or_(*(sa.func.strpos(sa.func.lower(one), search.lower()) > 0 for one in columns))
+
+
+def _rows(session: Session, condition: sa.ColumnElement[bool]) -> list[CountyRow]:
+    """What rings first, critical before corrected; then newest first. At most 200."""
     found = session.execute(
         sa.select(Study, Case)
         .outerjoin(Case, Case.study_id == Study.id)
-        .where(*conditions)
+        .where(condition)
         .order_by(Study.first_received_at.desc(), Study.id.desc())
         .limit(_MAX_ROWS)
     ).all()
@@ -147,8 +170,7 @@ def _rows(session: Session, since: datetime, until: datetime, search: str) -> li
         )
         for study, case in found
     ]  # fmt: skip
-    # What rings stands first; the rest by time of arrival (sorted() keeps the order of equals).
-    return sorted(rows, key=lambda row: not row.critical)
+    return sorted(rows, key=lambda row: (not row.critical, not row.rings))  # keeps the order of equals
 
 
 def _gateways(session: Session, now: datetime) -> list[dict[str, Any]]:
@@ -179,9 +201,14 @@ def _context(request: Request, person: Person, day: date | None, search: str) ->
     words = " ".join(search.replace("\0", "").split())
     with request.app.state.database.county(person.site_id) as session:
         now: datetime = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-        rows = _rows(session, since, since + timedelta(days=1), words)
+        day_rows = sa.and_(_of_day(since, since + timedelta(days=1)), ~_ringing())
+        # What rings stands above all; what was searched for stands once, among what was found.
+        ringing = _rows(session, sa.and_(_ringing(), ~_matching(words)) if words else _ringing())
+        rows = _rows(session, _matching(words) if words else day_rows)
         return {
+            "ringing": ringing,
             "rows": rows,
+            "full": _MAX_ROWS,
             "site": session.scalars(sa.select(Site).where(Site.site_id == person.site_id)).one(),
             "gateways": _gateways(session, now),
             "day": chosen,
@@ -189,7 +216,7 @@ def _context(request: Request, person: Person, day: date | None, search: str) ->
             "day_before": chosen - timedelta(days=1),
             "day_after": chosen + timedelta(days=1),
             "search": words,
-            "critical": sum(row.critical for row in rows),
+            "critical": sum(row.critical for row in ringing + rows),
         }
 
 
@@ -208,7 +235,7 @@ def county_page(
     day: date | None = Depends(_day),
     q: str = Query("", max_length=64),
 ) -> Response:
-    """The page of one day; today's also has what is not reported yet."""
+    """The page of one day; today's also has what is not reported yet. With words to search for: of all days."""
     return page(request, "county.html", **_context(request, person, day, q))
 
 
@@ -224,26 +251,51 @@ def county_rows(
 
 
 @router.get("/county/reports/{report_id}/pdf")
-def open_report(report_id: RowId, request: Request, person: Person = Depends(COUNTY)) -> Response:
-    """The signed report as PDF. The first time it is opened is written down."""
+def open_report(
+    report_id: RowId, request: Request, person: Person = Depends(COUNTY), superseded: bool = False
+) -> Response:
+    """The signed report as PDF. The first time it is opened is written down.
+
+    For a version that was replaced: a page that says so (409), and the PDF only with `superseded`; nothing is written
+    down then, because what stands has not been opened.
+    """
     state = request.app.state
     with state.database.county(person.site_id) as session:
         report = session.scalars(
             sa.select(Report).where(Report.id == report_id, Report.state != ReportState.DRAFT)
         ).one_or_none()
+        standing = _standing_instead_of(session, report)
+    if standing is not None and not superseded:
+        return _replaced(request, report_id, standing)
     answer = pdf_response(state.objects, report)  # first the bytes: what could not be shown was not opened
     assert report is not None  # noqa: S101 - pdf_response raised
-    if report.opened_by is None:
+    if report.opened_by is None and standing is None:
         with state.database.county(person.site_id) as session:
             _note_opened(session, report, person)
     return answer
+
+
+def _standing_instead_of(session: Session, report: Report | None) -> Report | None:
+    """The version that replaced this one; None if it stands itself."""
+    if report is None or report.state is not ReportState.SUPERSEDED:
+        return None
+    return session.scalars(
+        sa.select(Report).where(Report.case_id == report.case_id, Report.state.in_(_STANDING))
+    ).one_or_none()
+
+
+def _replaced(request: Request, report_id: int, standing: Report) -> Response:
+    if not wants_page(request):  # the page's script, about to print
+        words = t("county.replaced_by", language_of(request), version=standing.version)
+        raise ConflictError(words, "superseded", report_id=standing.id)
+    return page(request, "county_replaced.html", status=409, report_id=report_id, standing=standing)
 
 
 def _note_opened(session: Session, report: Report, person: Person) -> None:
     session.execute(sa.select(Study.id).where(Study.id == report.study_id).with_for_update())
     first = session.execute(
         sa.update(Report)
-        .where(Report.id == report.id, Report.opened_by.is_(None))
+        .where(Report.id == report.id, Report.opened_by.is_(None), Report.state.in_(_STANDING))
         .values(opened_at=sa.func.coalesce(Report.opened_at, sa.func.clock_timestamp()), opened_by=person.account_id)
         .returning(Report.id)
     ).scalar_one_or_none()

@@ -107,6 +107,13 @@ def duration(seconds: float | None) -> str:
     return f"{sign}{total // 86400} d {total % 86400 // 3600:02d} h"
 
 
+def probability(value: float) -> str:
+    """A model's probability to two digits; never `1.00` or `0.00`, for no model is certain."""
+    if value >= 0.995:
+        return ">0.99"
+    return "<0.01" if value < 0.005 else f"{value:.2f}"
+
+
 def age(value: str, language: Language) -> str:
     """A DICOM age string for reading: 004Y is `4岁` or `4 y`; anything else as sent."""
     number, unit = value[:-1], value[-1:]

@@ -1,4 +1,7 @@
-"""Pages from templates: one Jinja2 environment, escaping always on, the words and the person in every page."""
+"""Pages from templates: one Jinja2 environment, escaping always on, the words and the person in every page.
+
+Whatever a template puts out passes `visible`: a name that reorders what stands beside it is not a name one can check.
+"""
 
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -8,9 +11,11 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from reading_queue import i18n
 from reading_queue.report_pdf import display_person_name
+from storage.visible import visible
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -41,17 +46,26 @@ SECURITY_HEADERS = {
 }
 
 
+def _shown(value: Any) -> Any:
+    """What a template puts out, with no hidden character in it. Markup stays markup: code points need no escaping."""
+    if not isinstance(value, str):
+        return value
+    return Markup(visible(value)) if isinstance(value, Markup) else visible(value)  # noqa: S704 - it was Markup before
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,  # nothing from a DICOM file or a person is markup
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
         "duration": i18n.duration,
+        "probability": i18n.probability,
         "person_name": lambda name: display_person_name(name) or "—",
     }
     return environment

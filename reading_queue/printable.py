@@ -14,6 +14,7 @@ from pathlib import Path
 from fontTools.ttLib import TTFont
 
 from storage.errors import ConfigurationError
+from storage.visible import code_point
 
 _INKLESS = frozenset("\u00ad\u034f\u200b\u200c\u200d\u2060\ufeff")
 """Soft hyphen, joiners and zero-width spaces: neither ink nor order."""
@@ -38,11 +39,6 @@ def covered_characters(fonts_dir: Path) -> frozenset[int]:
         with TTFont(path, lazy=True) as font:
             covered.update(font.getBestCmap())
     return frozenset(covered)
-
-
-def code_point(character: str) -> str:
-    """`[U+20BB7]` for 𠮷."""
-    return f"[U+{ord(character):04X}]"
 
 
 def _shown(character: str, covered: frozenset[int]) -> str:

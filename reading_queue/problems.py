@@ -16,17 +16,21 @@ from starlette.exceptions import HTTPException
 from reading_queue.i18n import language_of, t
 from reading_queue.pages import SECURITY_HEADERS, page
 from storage.errors import (
+    ConfigurationError,
     ForbiddenError,
     IllegalTransitionError,
     LeaseLostError,
     NotFoundError,
+    ObjectStoreError,
     PermanentError,
     RetryableError,
     YuanzhenError,
 )
+from storage.visible import visible
 
 _LOG = structlog.get_logger()
 RETRY_AFTER_S = 5
+_SIGN_ROUTE = "/cases/{case_id}/sign"
 
 
 class SignInNeededError(PermanentError):
@@ -71,6 +75,8 @@ def wants_page(request: Request) -> bool:
 
 def _answer(request: Request, status: int, kind: str, detail: str, **extra: Any) -> Response:
     language = language_of(request)
+    detail = visible(detail)
+    extra = {name: visible(value) if isinstance(value, str) else value for name, value in extra.items()}
     title = t(f"problems.{kind.replace('-', '_')}", language)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     if wants_page(request):
@@ -87,11 +93,23 @@ def _of_project(request: Request, error: Exception) -> Response:
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(str(request.url_for("sign_in_page").include_query_params(next=target)), 303)
     if status >= 500:
-        _LOG.warning("web.failed", kind=kind, error=type(error).__name__, route=_route(request))
+        # The reason is about our servers and in English: for the log.
+        _LOG.warning("web.failed", kind=kind, error=type(error).__name__, reason=error.reason, route=_route(request))
+        return _answer(request, status, kind, _in_words(request, error))
     extra: dict[str, Any] = {}
     if isinstance(error, ConflictError):
         extra = {"type": error.kind, **error.extra}
     return _answer(request, status, kind, error.reason, **extra)
+
+
+def _in_words(request: Request, error: YuanzhenError) -> str:
+    """What a person can use of an error of ours; "" where the page's advice says it all."""
+    if isinstance(error, ConfigurationError):
+        return t("problems.not_set_up", language_of(request))
+    if not isinstance(error, ObjectStoreError):
+        return ""
+    not_signed = _route(request) == _SIGN_ROUTE
+    return t("problems.store_away_not_signed" if not_signed else "problems.store_away", language_of(request))
 
 
 def _of_request(request: Request, error: Exception) -> Response:

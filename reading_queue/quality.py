@@ -17,12 +17,14 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from reading_queue import turnaround
 from reading_queue.auth import Person, require
+from reading_queue.event_words import details_in_words, state_word
 from reading_queue.i18n import language_of, local_minute, t
 from reading_queue.pages import page
 from reading_queue.worklist import RowId
 from storage.errors import IllegalTransitionError, NotFoundError
 from storage.rows import Account, Event, Gateway, Site, Study
-from storage.transitions import verify_chain
+from storage.transitions import SYSTEM, verify_chain
+from storage.visible import visible
 from storage.vocabulary import Priority, Role
 
 router = APIRouter()
@@ -32,7 +34,8 @@ _DAYS = {"today": 1, "7d": 7, "30d": 30}
 _EVER = datetime(2000, 1, 1, tzinfo=UTC)
 _MAX_CASES = 200
 _MAX_EXPORT = 100_000
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# Spreadsheets of Chinese and Japanese locales take the full-width forms for the plain ones.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,12 @@ class View:
 def view_of(
     period: Period = "7d",
     site: str = Query("", pattern=r"^[a-z0-9-]{0,64}$"),
-    modality: str = Query("", pattern=r"^[A-Z0-9_?]{0,16}$"),
+    modality: str = Query("", max_length=64),  # as modalities send it, for its chip must work
     priority: Literal["", "stat", "urgent", "routine"] = "",
     by: Literal["site", "modality", "priority"] = "site",
 ) -> View:
     """The filters in the address."""
-    return View(period, site, modality, priority, by)
+    return View(period, site, modality.replace("\0", ""), priority, by)
 
 
 def _zone(request: Request) -> str:
@@ -143,7 +146,7 @@ def _chart(by_part: dict[str | None, dict[str, turnaround.Figure]], parts: list[
         for segment in turnaround.STACKED
     ]
     return json.dumps(
-        {"parts": [name(part) for part in parts], "series": series, "unit": t("quality.minutes", language)}
+        {"parts": [visible(name(part)) for part in parts], "series": series, "unit": t("quality.minutes", language)}
     )
 
 
@@ -187,7 +190,7 @@ def export(request: Request, person: Person = Depends(QUALITY), view: View = Dep
 
 def spreadsheet_safe(text: str) -> str:
     """Text that no spreadsheet takes for a formula (CWE-1236): a quote before what could start one."""
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+    return f"'{text}" if text.lstrip(" \u3000").startswith(_FORMULA_STARTS) else text
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> str:
@@ -197,6 +200,7 @@ def _seconds(start: datetime | None, end: datetime | None) -> str:
 @router.get("/quality/studies/{study_id}")
 def timeline_page(study_id: RowId, request: Request, person: Person = Depends(QUALITY)) -> Response:
     """Every event of a study, and whether their chain verifies."""
+    language = language_of(request)
     with request.app.state.database.centre() as session:
         row = session.execute(
             sa.select(Study, Site).join(Site, Site.site_id == Study.site_id).where(Study.id == study_id)
@@ -211,12 +215,14 @@ def timeline_page(study_id: RowId, request: Request, person: Person = Depends(QU
             verified, broken = 0, error.reason
         people = {f"account:{one}": name for one, name in session.execute(sa.select(Account.id, Account.display_name))}
         people |= {f"gateway:{one}": name for one, name in session.execute(sa.select(Gateway.id, Gateway.name))}
+        people[SYSTEM] = t("timeline.value_system", language)
     steps = [
         {
             "event": event,
             "who": people.get(event.actor, event.actor),
             "since": (event.at - events[index - 1].at).total_seconds() if index else None,
-            "details": {name: value for name, value in event.details.items() if value not in (None, "", [])},
+            "states": [state_word(one, language) for one in (event.from_state, event.to_state) if one],
+            "details": details_in_words(event.details, language, _zone(request)),
         }
         for index, event in enumerate(events)
     ]

@@ -10,18 +10,18 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
-from reading_queue import claims, heat_map
+from reading_queue import claims, heat_map, sign_off
 from reading_queue.auth import Person
 from reading_queue.findings import shown_findings
 from reading_queue.i18n import language_of, t
 from reading_queue.pages import page
-from reading_queue.printable import covered_characters, unprintable
 from reading_queue.reports import MAX_TEXT, DraftText, draft_of
 from reading_queue.viewer import viewer_path
 from reading_queue.worklist import READER, TRIAGE_WORDS, RowId, moved_by_triage
 from storage.errors import NotFoundError
-from storage.rows import Account, Case, Report, Site, Study, TriageRun
-from storage.vocabulary import CaseState, Conclusion, ReportState, RunMode
+from storage.rows import Account, Case, Instance, Report, Site, Study, TriageRun
+from storage.visible import code_point
+from storage.vocabulary import CaseState, Conclusion, ReportState, RunMode, StudyState
 
 router = APIRouter()
 _MAX_PRIORS = 20
@@ -46,6 +46,8 @@ def reading_page(case_id: RowId, request: Request, person: Person = Depends(READ
             "study": study,
             "site": site,
             "holder": holder,
+            "complete": study.state is StudyState.COMPLETE,
+            "frames": _frames(session, study.id),
             "mine": case.state is CaseState.CLAIMED and case.claimed_by == person.account_id,
             "findings": shown_findings(session, [case_id]).get(case_id, []),
             "minutes_earlier": moved_by_triage(case),
@@ -59,6 +61,15 @@ def reading_page(case_id: RowId, request: Request, person: Person = Depends(READ
         }
         values |= _draft(session, case_id, values["reports"])
     return page(request, "reading.html", **values)
+
+
+def _frames(session: Session, study_id: int) -> int:
+    """Pictures in the study: a trace or a report that came along is none, an instance of many frames is many."""
+    count = sa.select(sa.func.coalesce(sa.func.sum(Instance.number_of_frames), 0))
+    frames: int = session.execute(
+        count.where(Instance.study_id == study_id, Instance.is_variant.is_(False))
+    ).scalar_one()
+    return frames
 
 
 def _reports(session: Session, case_id: int) -> list[tuple[Report, str]]:
@@ -103,20 +114,18 @@ def _priors(session: Session, person: Person, study: Study) -> list[Any]:
 
 @router.get("/cases/{case_id}/checks")
 def checks(case_id: RowId, request: Request, person: Person = Depends(READER)) -> Response:
-    """Before signing: characters of the report that the fonts lack and that will be printed as codes."""
-    with request.app.state.database.centre() as session:
+    """Before signing: how many images are here, whether all announced ones are, and what will be printed as codes."""
+    state = request.app.state
+    with state.database.centre() as session:
         claims.check_granted(session, case_id, person)
-        row = session.execute(
-            sa.select(Study, Report)
-            .join(Report, Report.study_id == Study.id)
-            .where(Report.case_id == case_id, Report.state == ReportState.DRAFT)
-        ).one_or_none()
-    if row is None:
-        return JSONResponse({"unprintable": ""})
-    study, report = row
-    texts = [report.findings, report.impression, study.patient_name, study.clinical_question, study.study_description]
-    covered = covered_characters(request.app.state.settings.assets_dir / "fonts")
-    return JSONResponse({"unprintable": " ".join(unprintable(texts, covered))}, headers={"Cache-Control": "no-store"})
+        study = session.scalars(sa.select(Study).join(Case, Case.study_id == Study.id).where(Case.id == case_id)).one()
+        characters = sign_off.unprintable_in_draft(session, state.settings, person, case_id)
+        content = {
+            "images": study.instance_count,
+            "complete": study.state is StudyState.COMPLETE,
+            "unprintable": " ".join(map(code_point, characters)),  # as codes: some would re-order the sentence
+        }
+    return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
 @router.get("/cases/{case_id}/runs/{run_id}/heat-map.png")

@@ -22,9 +22,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
 from pydicom.uid import BasicTextSRStorage, EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
-from reading_queue.printable import code_point
 from reading_queue.report_pdf import ReportContent
 from storage.errors import ConfigurationError
+from storage.visible import code_point
 from storage.vocabulary import Conclusion
 
 CHARACTER_SETS = frozenset({"GB18030", "ISO_IR 192"})

@@ -71,6 +71,7 @@ class ReportContent:
     conclusion: Conclusion
     author_name: str
     signed_at: datetime  # aware
+    replaces_version: int = 0  # of the same report; 0: this is the first
     reviewer_name: str = ""  # "" where the site contract asks for one signature
     time_zone: str = "Asia/Shanghai"
 
@@ -122,6 +123,7 @@ _AGE_UNITS: Mapping[str, tuple[str, str]] = {
 }
 _NOT_GIVEN = ("未提供", "not given")
 _CRITICAL = ("危急值，请立即处理并回报", "CRITICAL RESULT: act at once and read back")
+_CORRECTED = ("更正报告，替代第 {version} 版", "Corrected report, replaces version {version}")
 _VERIFICATION = (
     "本报告为电子签名文件（PAdES），以签名校验结果为准；纸质打印件仅供参考。",
     "Digitally signed (PAdES): the verified signature counts, a printed copy is for reference only.",
@@ -209,6 +211,11 @@ class _Printer:
         ]
         return [*rows, self.cell("clinical_question", c.clinical_question, 12)]
 
+    def corrected(self) -> str:
+        """Which version this one replaces; "" for a first version."""
+        words = _both(_CORRECTED, self.language, " · ")
+        return words.format(version=self.content.replaces_version) if self.content.replaces_version else ""
+
     def signatories(self) -> list[dict[str, Any]]:
         keys = ["author", *(["reviewer"] if self.content.reviewer_name else [])]
         return [{"label": self.label(key)} for key in keys]
@@ -234,6 +241,7 @@ class _Printer:
             "verification_line": _both(_VERIFICATION, self.language),
             "centre_names": [self.line(n) for n in _names((c.centre_name_zh, c.centre_name_en), self.language)],
             "titles": _names(title, self.language),
+            "corrected_words": self.corrected(),
             "critical": c.critical,
             "critical_words": _both(_CRITICAL, self.language, " · "),
             "patient": self.patient(),

@@ -53,6 +53,7 @@ class SavedDraft:
     version: int
     revision: int
     text: DraftText
+    author_id: int
     author_name: str
     updated_at: datetime
 
@@ -74,7 +75,7 @@ def draft_of(session: Session, case_id: int) -> SavedDraft | None:
         return None
     report, author = row
     written = DraftText(report.findings, report.impression, report.conclusion, report.language)
-    return SavedDraft(report.id, report.version, report.revision, written, author, report.updated_at)
+    return SavedDraft(report.id, report.version, report.revision, written, report.author_id, author, report.updated_at)
 
 
 def save_draft(
@@ -98,7 +99,7 @@ def save_draft(
         version = session.execute(sa.select(Report.version).where(Report.id == report_id)).scalar_one()
     else:
         report_id, version = saved.report_id, saved.version
-        if saved.text == written and saved.author_name == person.display_name:
+        if saved.text == written and saved.author_id == person.account_id:
             return saved
     row = session.execute(
         sa.update(Report)
@@ -123,7 +124,7 @@ def save_draft(
             text=written.as_row(),
         )
     )
-    return SavedDraft(report_id, version, revision + 1, written, person.display_name, row)
+    return SavedDraft(report_id, version, revision + 1, written, person.account_id, person.display_name, row)
 
 
 def _begin(session: Session, case: Case, study_id: int, person: Person) -> int:
@@ -210,11 +211,16 @@ def sign(
     person: Person = Depends(READER),
     lease: str = Form(max_length=64),
     revision: int = Form(ge=0, le=2**31 - 1),
+    images: int = Form(ge=0, le=2**31 - 1),
+    incomplete: bool = Form(default=False),
     pin: str = Form(max_length=128),
 ) -> Response:
-    """Sign the saved draft. JSON says where the report is; problem details say why not, and then nothing changed."""
+    """Sign the saved draft. JSON says where the report is; problem details say why not, and then nothing changed.
+
+    `images` is how many the page showed, `incomplete` that the reader signs although more are on their way.
+    """
     state = request.app.state
-    order = sign_off.Order(case_id, clean(lease), revision, language_of(request))
+    order = sign_off.Order(case_id, clean(lease), revision, images, incomplete, language_of(request))
     report_id = sign_off.sign(state.database, state.objects, state.settings, person, order, clean(pin))
     return JSONResponse({"report_id": report_id, "location": f"/cases/{case_id}"})
 
@@ -239,9 +245,10 @@ def pdf_response(objects: Objects, report: Report | None) -> Response:
     if report is None:
         raise NotFoundError("No such report here")
     data = sign_off.signed_object(objects, report.pdf_key, report.pdf_sha256)
+    replaced = "-superseded" if report.state is ReportState.SUPERSEDED else ""
     headers = {
         "Cache-Control": "no-store",
-        "Content-Disposition": f'inline; filename="report-{report.id}-v{report.version}.pdf"',
+        "Content-Disposition": f'inline; filename="report-{report.id}-v{report.version}{replaced}.pdf"',
         # Of a policy's directives a PDF needs none; `sandbox` or object-src would keep the browser's viewer away.
         "Content-Security-Policy": "frame-ancestors 'self'",
     }

@@ -23,6 +23,7 @@ def main() -> None:
         create_app(chosen),
         host=chosen.web_host,
         port=chosen.web_port,
+        log_config=None,  # its loggers' records go the way of storage/logs.py
         log_level="warning",
         access_log=False,  # addresses carry search words, which are patients' names
         server_header=False,

@@ -3,7 +3,8 @@
 Order: check, set, sign, wrap (no transaction open: half a second of work), write the three objects under fresh keys,
 then one transaction: report signed (guard: this revision), earlier versions superseded, case reported (guard: this
 lease), feed entry, events (lifecycle v, y, j). If that fails nobody sees the objects; if it succeeds all is true at
-once. A wrong PIN is an event; five in a row and signing rests for a quarter of an hour.
+once. What is signed is what was seen: the study must have the images that the page showed, looked at again in the last
+transaction. A PIN is counted before it is tried; five wrong ones and signing rests for a quarter of an hour.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from reading_queue.report_dicom import (
     encapsulate,
     structured_report,
 )
-from reading_queue.report_pdf import SIGNATURE_BOXES, ReportContent, render_pdf
+from reading_queue.report_pdf import SIGNATURE_BOXES, ReportContent, render_pdf, unprintable_characters
 from reading_queue.signing import Pkcs12Signer, SigningFailedError, WrongPinError
 from storage.database import Database
 from storage.errors import IllegalTransitionError, LeaseLostError, NotFoundError, ObjectMissingError, ObjectStoreError
@@ -34,12 +35,13 @@ from storage.objects import Objects
 from storage.rows import Account, Case, Event, FeedEntry, Instance, Report, Series, Site, Study
 from storage.settings import Settings
 from storage.states import Transition
-from storage.transitions import account_actor, move, note
-from storage.vocabulary import ReportState
+from storage.transitions import account_actor, move, note, note_outside_study
+from storage.vocabulary import Conclusion, ReportState, StudyState
 
 _LOG = structlog.get_logger()
 _MAX_PIN_FAILURES = 5
 _PIN_REST = timedelta(minutes=15)
+_PIN_TRIED, _PIN_ACCEPTED = "pin.tried", "pin.accepted"
 _NO_IMAGES = frozenset({"SR", "PR", "KO", "DOC", "OT"})  # what comes along is not what was read
 _SENT_HOME = (ReportState.SIGNED, ReportState.RECEIVED, ReportState.DELIVERED)
 
@@ -51,6 +53,8 @@ class Order:
     case_id: int
     lease_token: str
     revision: int
+    images: int  # instances of the study when the page showed it
+    incomplete: bool  # the reader has confirmed to sign although not all announced images are here
     language: Language  # of the messages
 
 
@@ -71,20 +75,22 @@ class _Draft:
 def sign(database: Database, objects: Objects, configuration: Settings, person: Person, order: Order, pin: str) -> int:
     """Sign. Returns the report's id.
 
-    Raises BadRequestError (something to write is missing, or the PIN is wrong), LeaseLostError, ConflictError `signed`
-    or `revision`, NotFoundError, ObjectStoreError. Nothing has changed then.
+    Raises BadRequestError (something to write is missing, or the PIN is wrong), LeaseLostError, ConflictError `signed`,
+    `revision` or `new-images`, NotFoundError, ObjectStoreError. Nothing has changed then.
     """
     with database.centre() as session:
         draft = _read(session, configuration, person, order)
-        _check_pin_rest(session, person, order.language)
     report_id, content = draft.content.report_id, draft.content
     fonts_dir = configuration.assets_dir / "fonts"
     container = _container(configuration.pki_dir, draft.signing_identity, order.language)
+    _count_pin_try(database, person, order.language)
     try:
         signer = Pkcs12Signer(container, pin, fonts_dir=fonts_dir, time_zone=configuration.timezone)
     except WrongPinError as error:
         _note_wrong_pin(database, draft, person)
         raise BadRequestError(t("reports.wrong_pin", order.language)) from error
+    with database.centre() as session:
+        _note_pin(session, person, _PIN_ACCEPTED)
     try:
         pdf = signer.sign(
             render_pdf(content, fonts_dir),
@@ -144,9 +150,68 @@ def _read(session: Session, configuration: Settings, person: Person, order: Orde
         raise BadRequestError(t("reports.no_conclusion", order.language))
     if report.revision != order.revision:
         raise ConflictError("The draft was saved elsewhere since", "revision")
+    _check_images(study, order)
+    content = _content(session, configuration, person, report, study, site, report.conclusion, predecessor)
+    before = None
+    if predecessor is not None and predecessor.signed_at is not None:
+        before = ReportIdentity(predecessor.id, predecessor.version, study.study_instance_uid, predecessor.signed_at)
+    identity = session.execute(sa.select(Account.signing_identity).where(Account.id == person.account_id)).scalar_one()
+    return _Draft(
+        content=content,
+        study=_identity(study),
+        study_id=study.id,
+        site_code=site.code,
+        # PS3.3 C.12.1.1.2: home in the character set it came in, as far as that can write Chinese.
+        character_set="ISO_IR 192" if "ISO_IR 192" in study.specific_character_set else "GB18030",
+        instances=_instances(session, study.id),
+        predecessor=before,
+        signing_identity=identity,
+    )
+
+
+def _check_images(study: Study, order: Order) -> None:
+    """The reader signs for the images that the page showed: no other, and not fewer than announced unless confirmed.
+
+    Raises ConflictError `new-images`, with how many are here now.
+    """
+    now = {"images": study.instance_count, "complete": study.state is StudyState.COMPLETE}
+    if study.instance_count != order.images:
+        raise ConflictError(t("reports.new_images", order.language), "new-images", **now)
+    arriving = study.state is StudyState.RECEIVING and order.incomplete
+    if study.state is not StudyState.COMPLETE and not arriving:
+        raise ConflictError(t("reports.images_arriving", order.language), "new-images", **now)
+
+
+def unprintable_in_draft(session: Session, configuration: Settings, person: Person, case_id: int) -> list[str]:
+    """Characters that the report of the case's draft would print as code points; [] without a draft."""
+    row = session.execute(
+        sa.select(Report, Study, Site)
+        .join(Study, Study.id == Report.study_id)
+        .join(Site, Site.site_id == Report.site_id)
+        .where(Report.case_id == case_id, Report.state == ReportState.DRAFT)
+    ).one_or_none()
+    if row is None:
+        return []
+    report, study, site = row
+    conclusion = report.conclusion or Conclusion.NEGATIVE  # not chosen yet; its own words can all be printed
+    content = _content(session, configuration, person, report, study, site, conclusion, None)
+    return unprintable_characters(content, configuration.assets_dir / "fonts")
+
+
+def _content(
+    session: Session,
+    configuration: Settings,
+    person: Person,
+    report: Report,
+    study: Study,
+    site: Site,
+    conclusion: Conclusion,
+    predecessor: Report | None,
+) -> ReportContent:
+    """All that the report prints, if `person` signed it now."""
     now: datetime = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     centre = session.scalars(sa.select(Site).where(Site.site_id == person.site_id)).one()
-    content = ReportContent(
+    return ReportContent(
         report_id=report.id,
         version=report.version,
         language=report.language,
@@ -166,25 +231,11 @@ def _read(session: Session, configuration: Settings, person: Person, order: Orde
         clinical_question=study.clinical_question,
         findings=report.findings,
         impression=report.impression,
-        conclusion=report.conclusion,
+        conclusion=conclusion,
         author_name=person.display_name,
         signed_at=now.replace(microsecond=0),
+        replaces_version=predecessor.version if predecessor is not None else 0,
         time_zone=configuration.timezone,
-    )
-    before = None
-    if predecessor is not None and predecessor.signed_at is not None:
-        before = ReportIdentity(predecessor.id, predecessor.version, study.study_instance_uid, predecessor.signed_at)
-    identity = session.execute(sa.select(Account.signing_identity).where(Account.id == person.account_id)).scalar_one()
-    return _Draft(
-        content=content,
-        study=_identity(study),
-        study_id=study.id,
-        site_code=site.code,
-        # PS3.3 C.12.1.1.2: home in the character set it came in, as far as that can write Chinese.
-        character_set="ISO_IR 192" if "ISO_IR 192" in study.specific_character_set else "GB18030",
-        instances=_instances(session, study.id),
-        predecessor=before,
-        signing_identity=identity,
     )
 
 
@@ -236,19 +287,31 @@ def _container(pki_dir: Path, identity: str | None, language: Language) -> bytes
     return path.read_bytes()
 
 
-def _check_pin_rest(session: Session, person: Person, language: Language) -> None:
-    """Wrong PINs of this person since the last signature, within the rest."""
+def _count_pin_try(database: Database, person: Person, language: Language) -> None:
+    """Count a try before the PIN is looked at, so that many at once get no more than one after another.
+
+    Raises BadRequestError after five tries since the last right PIN, within the rest. Outside the study's chain: only
+    what came of it belongs there.
+    """
     mine = (Event.actor == account_actor(person.account_id), Event.at > sa.func.clock_timestamp() - _PIN_REST)
-    last_good = sa.select(sa.func.max(Event.id)).where(Event.name == Transition.REPORT_SIGNED.event_name, *mine)
-    failures = session.execute(
-        sa.select(sa.func.count()).where(
-            Event.name == "report.pin_refused",
-            *mine,
-            Event.id > sa.func.coalesce(last_good.scalar_subquery(), 0),
-        )
-    ).scalar_one()
-    if failures >= _MAX_PIN_FAILURES:
-        raise BadRequestError(t("reports.pin_rests", language))
+    last_good = sa.select(sa.func.max(Event.id)).where(Event.name == _PIN_ACCEPTED, *mine)
+    since = sa.func.coalesce(last_good.scalar_subquery(), 0)
+    with database.centre() as session:
+        # Not FOR UPDATE: that would make a draft saved by the same person wait (its row names the account).
+        session.execute(sa.select(Account.id).where(Account.id == person.account_id).with_for_update(key_share=True))
+        tries = session.execute(
+            sa.select(sa.func.count()).where(Event.name == _PIN_TRIED, *mine, Event.id > since)
+        ).scalar_one()
+        if tries >= _MAX_PIN_FAILURES:
+            raise BadRequestError(t("reports.pin_rests", language))
+        _note_pin(session, person, _PIN_TRIED)
+
+
+def _note_pin(session: Session, person: Person, name: str) -> None:
+    note_outside_study(
+        session, person.site_id, name, subject=Account.__tablename__, subject_id=person.account_id,
+        actor=account_actor(person.account_id),
+    )  # fmt: skip
 
 
 def _note_wrong_pin(database: Database, draft: _Draft, person: Person) -> None:
@@ -267,7 +330,10 @@ def _settle(session: Session, draft: _Draft, person: Person, order: Order, value
     """The one transaction that makes it true."""
     actor = account_actor(person.account_id)
     report_id = draft.content.report_id
-    claims.lock_study_of(session, order.case_id)
+    study_id = claims.lock_study_of(session, order.case_id)
+    # Whoever archives an image locks the study's row first: from here on none can land unseen.
+    _check_images(session.get_one(Study, study_id, populate_existing=True), order)
+    values = values | {"author_id": person.account_id}  # who signs, whoever saved the text last
     details = {"version": draft.content.version, "conclusion": draft.content.conclusion.value}
     try:
         move(

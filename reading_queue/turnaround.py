@@ -1,7 +1,8 @@
 """Turnaround from event rows alone: the moments of each study, and the segments between them (design §9).
 
 One query makes a row a study with its moments; everything else is counted from it in SQL. Gateway times are brought to
-the centre's clock by the offset that the gateway had then. Triage runs beside the waiting, so it is no part of the sum.
+the centre's clock by the offset that the gateway had then. Triage runs beside the waiting, so it is no part of the
+sum. The contract kept or broken is the one that stood before the first signature: images that come later begin another.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,10 @@ WITH raw AS (
         coalesce((SELECT one FROM unnest(study.modalities) AS one
             WHERE one NOT IN ('SR', 'PR', 'KO', 'DOC', 'OT') LIMIT 1), '?') AS modality,
         coalesce(reading_case.priority, study.priority)::text AS priority,
-        reading_case.contract_due_at,
+        coalesce((SELECT (routed.details->>'contract_due_at')::timestamptz FROM event AS routed
+            WHERE routed.study_id = study.id AND routed.details ? 'contract_due_at' AND (routed.name = 'case.queued'
+                OR (routed.name IN ('case.renewed', 'case.resumed') AND routed.at <= coalesce(raw.signed, 'infinity')))
+            ORDER BY routed.sequence DESC LIMIT 1), reading_case.contract_due_at) AS contract_due_at,
         CASE WHEN raw.acquired BETWEEN raw.gateway - interval '7 days' AND raw.gateway
             THEN raw.acquired END AS acquired,
         raw.gateway, raw.centre, raw.complete, raw.triaged,

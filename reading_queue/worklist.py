@@ -48,6 +48,11 @@ class WorklistRow:
         """What was made; reports and notes that came along are not counted."""
         return "/".join(self.study.modalities) or "?"
 
+    @property
+    def image_count(self) -> int | None:
+        """How many images, where the number says something: not of one file (it may hold many frames) nor of ECGs."""
+        return self.study.instance_count if self.study.instance_count > 1 and self.modality != "ECG" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Filter:

@@ -187,13 +187,15 @@ def _placement(
     }
 
 
-def _details(study: Study, decision: rules.Decision) -> dict[str, Any]:
+def _details(study: Study, decision: rules.Decision, contract_due_at: datetime) -> dict[str, Any]:
+    """What a routing event says: among it the promise as it stands then, which a later routing may renew."""
     return {
         _INSTANCES: study.instance_count,
         "rule": decision.rule_name,
         "rules_version": decision.rules_version,
         "specialty": decision.specialty,
         "priority": decision.priority,
+        "contract_due_at": contract_due_at.isoformat(),
     }
 
 
@@ -220,7 +222,7 @@ def _queue(session: Session, study: Study, decision: rules.Decision) -> None:
         )
         .returning(Case.id)
     ).one()
-    details = _details(study, decision)
+    details = _details(study, decision, values["contract_due_at"])
     transitions.born(session, Transition.CASE_QUEUED, study.id, case_id, actor=SYSTEM, details=details)
     if decision.ask_models:
         _enqueue_triage(session, study, case_id, values["tier"])
@@ -240,7 +242,6 @@ def _requeue(session: Session, study: Study, case: Case, decision: rules.Decisio
     if not grown and wanted.priority is case.priority and case.state is not CaseState.SUSPENDED:
         return
     now = _now(session)
-    details = _details(study, decision)
     if case.state is CaseState.REPORTED or _reopened_since(session, study.id, routed_at):
         # A new reading with a clock of its own: the first one is answered for by its signature.
         values = _placement(decision, study.last_arrived_at, now, [])
@@ -252,6 +253,7 @@ def _requeue(session: Session, study: Study, case: Case, decision: rules.Decisio
     if case.state is CaseState.CLAIMED:
         values.pop("specialty")  # it is in a reader's hands and stays there
 
+    details = _details(study, decision, values["contract_due_at"])
     change = {CaseState.REPORTED: Transition.CASE_REOPENED, CaseState.SUSPENDED: Transition.CASE_RESUMED}
     if case.state in change:
         transitions.move(session, change[case.state], case.id, actor=SYSTEM, details=details, values=values)

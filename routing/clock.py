@@ -1,9 +1,10 @@
 """The centre's clock: what must happen though nobody asks. `python -m routing.clock`; several at once are safe.
 
 It publishes jobs (and again those that stand still), parks what was started too often, gives back cases whose reader
-fell silent, ends the wait for triage, lifts overdue routine cases, completes quiet studies and notes silent gateways.
-Each is a task with its own period; one that fails waits, ever longer to a ceiling, and holds up no other. PostgreSQL's
-NOTIFY wakes the relay at once; the look every second is for when a notification was lost.
+fell silent, ends the wait for triage, lifts overdue routine cases, completes quiet studies, notes silent gateways,
+signs each day's head of the audit trail and removes what uploads left behind. Each is a task with its own period; one
+that fails waits, ever longer to a ceiling, and holds up no other. PostgreSQL's NOTIFY wakes the relay at once; the look
+every second is for when a notification was lost.
 """
 
 import random
@@ -21,12 +22,14 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.orm import Session
 
-from routing import actors, completion, priority
+from routing import actors, completion, heads, priority, sweep
 from routing.rules_file import load_rules
 from storage import jobs, logs, transitions
 from storage.broker import make_broker, publish
 from storage.database import Database, psycopg_dsn
 from storage.errors import IllegalTransitionError, RetryableError
+from storage.objects import Objects
+from storage.receipts import read_signing_key
 from storage.rows import OPEN_CASE_STATES, Case, Event, Gateway, Study, TriageRun
 from storage.settings import Settings, settings
 from storage.states import Transition
@@ -60,6 +63,7 @@ class Clock:
         self._database = database
         self._broker = broker
         self._settings = configuration
+        self._objects = Objects(configuration)
         self._tasks = (
             _Task("relay", 0, self.relay),
             _Task("park", 2, self.park_exhausted),
@@ -68,6 +72,8 @@ class Clock:
             _Task("ageing", 15, self.lift_aged),
             _Task("quiet", 15, lambda: completion.complete_quiet(database, configuration.quiet_complete_s)),
             _Task("gateways", 15, self.note_silent_gateways),
+            _Task("heads", 600, self.sign_heads),
+            _Task("staging", 3600, lambda: sweep.sweep_staging(database, self._objects)),
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -233,12 +239,18 @@ class Clock:
                 )
         return len(rows)
 
+    def sign_heads(self) -> int:
+        """Make the signed heads of the days that are over, those missed included."""
+        key = read_signing_key(self._settings.pki_dir / heads.KEY_FILE)
+        return heads.sign_missing_days(self._database, self._objects, key)
+
 
 def main() -> None:
     """Run until SIGTERM or SIGINT; the transaction at hand is finished first."""
     logs.configure("clock")
     configuration = settings()
     load_rules(configuration.rules_file)  # a bad rule stops the start, with file, line and reason
+    read_signing_key(configuration.pki_dir / heads.KEY_FILE)  # and so does a key that cannot sign the daily heads
     stop = threading.Event()
 
     def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:

@@ -8,8 +8,8 @@ Order, and what a crash after each step leaves behind:
 3. rows, events, receipt and completeness in one transaction (a receipted pack whose staging object is still there);
 4. remove the staging object.
 
-So the same commit again repairs any crash, and two at once end in the same receipt: the transaction of step 3 is
-serialised by the study's row, and the second finds the first one's receipt.
+So the same commit again repairs any crash, and two at once end in the same receipt: the transactions of step 3 of one
+site come one after another, and the second finds the first one's receipt.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ _ATTEMPTS = 5
 _MAX_COMPARED_BYTES = 512 * 1024 * 1024
 """Larger instances are not compared by content, which holds both in memory: they count as different."""
 
-Known = frozenset[tuple[str, bytes, bool]]
-"""(SOP Instance UID, SHA-256, is a variant) of every stored instance that has one of the pack's UIDs."""
+Known = frozenset[tuple[int, str, bytes, bool]]
+"""(study, SOP Instance UID, SHA-256, is a variant) of the site's stored instances that have one of the pack's UIDs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Committer:
     ) -> CommitAnswer:
         stored: StoredPack | None = None
         for attempt in range(_ATTEMPTS):
-            decision = self._decide(caller.site_id, pack, instances)
+            decision = self._decide(study, pack, instances)
             if decision.new and stored is None:
                 stored = self._write(caller, study, plan, pack, instances)
             try:
@@ -135,10 +135,14 @@ class Committer:
             return self._settled(settled)
         raise AssertionError("unreachable")
 
-    def _decide(self, site_id: int, pack: FetchedPack, instances: list[VerifiedInstance]) -> _Decision:
-        """Sort instances into new, already stored, the same in another encoding, and variants (design §4.8)."""
-        with self._database.county(site_id) as session:
-            stored = _stored(session, site_id, instances)
+    def _decide(self, study: Study, pack: FetchedPack, instances: list[VerifiedInstance]) -> _Decision:
+        """Sort instances into new, already stored, the same in another encoding, and variants (design §4.8).
+
+        A UID whose first bytes are in another study (sent again under a corrected Study Instance UID) is no variant
+        here: it would be shown to nobody.
+        """
+        with self._database.county(study.site_id) as session:
+            stored = _stored(session, study.site_id, instances)
             keys = dict(
                 session.execute(sa.select(Pack.id, Pack.pack_key).where(Pack.id.in_({row.pack_id for row in stored})))
                 .tuples()
@@ -159,8 +163,10 @@ class Committer:
             elif self._is_stored_otherwise(pack, entry, rows, here, keys):
                 same += 1
             else:
-                variant = bool(rows or here)
-                new.append(NewInstance(entry, verified.sidecar, verified.header_sha256, verified.pixel_sha256, variant))
+                variant = bool(here) or any(row.study_id == study.id for row in rows)
+                others = tuple(sorted({row.study_id for row in rows} - {study.id}))
+                digests = verified.header_sha256, verified.pixel_sha256
+                new.append(NewInstance(entry, verified.sidecar, *digests, variant, others))
         return _Decision(_known(stored), new, already, same)
 
     def _is_stored_otherwise(
@@ -196,7 +202,8 @@ class Committer:
         self, caller: Caller, study: Study, plan: PackPlan, pack: FetchedPack, instances: list[VerifiedInstance]
     ) -> StoredPack:
         # The digest is in the key: a slow commit of an older plan of this pack id cannot overwrite a newer one.
-        stem = f"packs/{caller.site_code}/{study.study_instance_uid}/{plan.pack_id}-{plan.sha256[:16]}"
+        # The study is named by its row: its UID is another's text, which a store may take for a path.
+        stem = f"packs/{caller.site_code}/{study.id}/{plan.pack_id}-{plan.sha256[:16]}"
         sidecar = pack_sidecar(Sidecar(instances=[verified.sidecar for verified in instances]))
         pack.file.seek(0)
         self._objects.put(f"{stem}.pack", pack.file, plan.size_bytes)
@@ -213,6 +220,8 @@ class Committer:
         instances: list[VerifiedInstance],
     ) -> Upload:
         """Step 3. Returns the upload as it is now. Raises ChangedMeanwhileError if the decision is out of date."""
+        others = {study_id for new in decision.new for study_id in new.other_studies}
+        _take_turns(session, caller.site_id, others | {upload.study_id})
         now = _reload(session, upload.id)
         if now.state is not UploadState.OFFERED or now.staging_key != upload.staging_key:
             return now
@@ -270,6 +279,13 @@ def _load(session: Session, site_id: int, message: Commit) -> tuple[Upload, Stud
     return row[0], row[1]
 
 
+def _take_turns(session: Session, site_id: int, study_ids: set[int]) -> None:
+    """Wait for the site's other commits, of whose instances this one must know; then lock the studies, in id order."""
+    turn = sa.func.hashtextextended(f"commit {site_id}", 0)
+    session.execute(sa.select(sa.func.pg_advisory_xact_lock(turn)))
+    session.execute(sa.select(Study.id).where(Study.id.in_(study_ids)).order_by(Study.id).with_for_update())
+
+
 def _reload(session: Session, upload_id: int) -> Upload:
     """The upload as it is now, its study's row locked first (lock order)."""
     study_id = sa.select(Upload.study_id).where(Upload.id == upload_id).scalar_subquery()
@@ -284,7 +300,7 @@ def _stored(session: Session, site_id: int, instances: list[VerifiedInstance]) -
 
 
 def _known(rows: list[Instance]) -> Known:
-    return frozenset((row.sop_instance_uid, row.sha256, row.is_variant) for row in rows)
+    return frozenset((row.study_id, row.sop_instance_uid, row.sha256, row.is_variant) for row in rows)
 
 
 def _bytes_of(pack: FetchedPack, entry: PackEntry) -> memoryview:
@@ -302,8 +318,11 @@ def _content(data: memoryview, transfer_syntax_uid: str) -> tuple[str, str] | No
 def _add(session: Session, caller: Caller, study: Study, stored: StoredPack, new: list[NewInstance]) -> None:
     """Rows of the new instances, and what more images mean for a study that was complete, or being read."""
     ids = archive.add_pack(session, study, stored, new)
+    differing = {one.entry.facts.sha256: one.other_studies for one in new if one.is_variant or one.other_studies}
+    if differing:
+        archive.flag_variants(session, {study.id}.union(*differing.values()))
     for one in new:
-        if one.is_variant:
+        if one.entry.facts.sha256 in differing:
             transitions.note(
                 session,
                 study.id,
@@ -311,7 +330,11 @@ def _add(session: Session, caller: Caller, study: Study, stored: StoredPack, new
                 subject="instance",
                 subject_id=ids[one.entry.facts.sha256],
                 actor=caller.actor,
-                details={"sop_instance_uid": one.entry.facts.sop_instance_uid},
+                details={
+                    "sop_instance_uid": one.entry.facts.sop_instance_uid,
+                    "is_variant": one.is_variant,
+                    "other_studies": list(one.other_studies),
+                },
             )
         if one.sidecar.note:
             _LOG.warning("ingest.note", site_id=study.site_id, instance_id=ids[one.entry.facts.sha256])

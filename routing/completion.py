@@ -1,7 +1,8 @@
 """When is a study all there? When every instance of the gateway's newest inventory is archived (lifecycle b).
 
 Without an inventory (an old gateway, or one that died) silence decides: the clock calls `complete_quiet`. In the same
-transaction as the completion the job that routes the study is written. Pure decision below, rows around it.
+transaction as the completion the job that routes the study is written. A study that has no image of its own, because
+all its bytes are archived under another patient, is held for a person: nobody can read it.
 """
 
 from datetime import timedelta
@@ -60,8 +61,7 @@ def check(session: Session, study_id: int, *, actor: str) -> bool:
         or archive.unanswered(session, study_id, inventory.instances)
     ):
         return False
-    _complete(session, study_id, actor=actor, why="inventory")
-    return True
+    return _complete(session, study_id, actor=actor, why="inventory")
 
 
 def _is_outdated(session: Session, inventory: StudyInventory) -> bool:
@@ -72,11 +72,15 @@ def _is_outdated(session: Session, inventory: StudyInventory) -> bool:
     return not keys <= inventory.instances.keys()
 
 
-def _complete(session: Session, study_id: int, *, actor: str, why: str) -> None:
+def _complete(session: Session, study_id: int, *, actor: str, why: str) -> bool:
     study = session.execute(sa.select(Study.site_id, Study.instance_count).where(Study.id == study_id)).one()
+    if not study.instance_count:
+        archive.hold(session, study_id, actor=actor, details={"reason": "no image of its own"})
+        return False
     details = {"by": why, "instances": study.instance_count}
     transitions.move(session, Transition.STUDY_COMPLETED, study_id, actor=actor, details=details)
     route(session, study.site_id, study_id)
+    return True
 
 
 def route(session: Session, site_id: int, study_id: int) -> None:
@@ -110,8 +114,7 @@ def complete_quiet(database: Database, quiet_s: float) -> int:
             for study_id in ids:
                 inventory = session.get(StudyInventory, study_id)
                 if inventory is None or not archive.unanswered(session, study_id, inventory.instances):
-                    _complete(session, study_id, actor=SYSTEM, why="quiet")
-                    completed += 1
+                    completed += _complete(session, study_id, actor=SYSTEM, why="quiet")
         if len(ids) < _BATCH:
             return completed
         last_id = ids[-1]

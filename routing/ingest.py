@@ -250,11 +250,16 @@ def _settle_archived(session: Session, caller: Caller, upload: Upload, receipt: 
 
 
 def _study_of(session: Session, site_id: int, message: Inventory) -> Study | None:
-    """The row an inventory is about, locked: by patient, where the Study Instance UID has several."""
+    """The row an inventory is about, locked: by patient, where the Study Instance UID has several. Of patients whose
+    Patient ID is the same it is the one whose instances these are."""
     rows = archive.studies_of(session, site_id, message.study_instance_uid, lock=True)
     if len(rows) == 1 and not message.patient_id:
         return rows[0]
-    return next((row for row in rows if archive.same_patient(row, message.patient_id)), None)
+    rows = [row for row in rows if archive.same_patient_id(row, message.patient_id)]
+    if len(rows) < 2:
+        return rows[0] if rows else None
+    keys = [archive.line_key(line.sop_instance_uid, line.sha256) for line in message.instances]
+    return min(rows, key=lambda row: len(archive.unanswered(session, row.id, keys)))
 
 
 def _record_heartbeat(session: Session, caller: Caller, message: Heartbeat) -> datetime:

@@ -17,7 +17,6 @@ from types import FrameType
 
 import structlog
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI
 
 from routing import feed, ingest, problems
@@ -29,7 +28,7 @@ from storage.database import Database, psycopg_dsn
 from storage.errors import ConfigurationError
 from storage.notify import Hub
 from storage.objects import Objects
-from storage.receipts import load_signing_key
+from storage.receipts import read_signing_key
 from storage.settings import Settings, settings
 from storage.transitions import EVENTS_CHANNEL
 
@@ -41,7 +40,7 @@ _STOP_S = 30
 
 def create_app(configuration: Settings) -> FastAPI:
     """The application. Raises ConfigurationError if the receipt key cannot be used."""
-    key = _receipt_key(configuration.pki_dir / "receipt.key")
+    key = read_signing_key(configuration.pki_dir / "receipt.key")
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,13 +66,6 @@ def create_app(configuration: Settings) -> FastAPI:
     app.add_middleware(problems.BodyLimit, max_bytes=ingest.MAX_BODY_BYTES)
     problems.install(app)
     return app
-
-
-def _receipt_key(path: Path) -> Ed25519PrivateKey:
-    try:
-        return load_signing_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"Receipt key {path} cannot be read: {error}") from error
 
 
 def tls_context(pki_dir: Path) -> ssl.SSLContext:
@@ -102,6 +94,7 @@ class IngestServer(uvicorn.Server):
             http=CertificateProtocol,
             ssl_context_factory=lambda _config, _default: context,
             access_log=False,
+            log_config=None,  # its loggers' records go the way of storage/logs.py
             log_level=logging.WARNING,
             server_header=False,
             proxy_headers=False,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from storage import dataset, packs, sidecar
+from storage import archive, dataset, packs, sidecar
 from storage.errors import DigestMismatchError, MalformedDataSetError
 from storage.objects import Objects
 from storage.packs import PackEntry
@@ -21,7 +21,7 @@ from storage.rows import Study
 from storage.sidecar import InstanceSidecar
 from storage.wire import PackPlan
 
-_ASCII_ONLY_TAGS = {"0020000D": "study_instance_uid", "00100020": "patient_id"}
+_IDENTIFIERS = {"0020000D": "study_instance_uid", "00100020": "patient_id"}
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,30 @@ def split_digests(data: memoryview, transfer_syntax_uid: str) -> tuple[str, str]
 
 
 def _contradiction(made: InstanceSidecar, study: Study) -> str:
-    """Which identity attribute of the data set is not the offered study's; text that is not ASCII is left to people,
-    because gateway and centre may decode it differently."""
+    """Which identity attribute of the data set speaks against the offered study; text that is not ASCII is left to
+    people, because gateway and centre may decode it differently. As `archive.same_patient`, but that what a data set
+    does not say is no contradiction."""
     found = sidecar.text(made.metadata, "00080018", 64)
     if found and found != made.sop_instance_uid:
         return "sop_instance_uid"
-    for tag, name in _ASCII_ONLY_TAGS.items():
-        said, offered = sidecar.text(made.metadata, tag).strip(), getattr(study, name).strip()
-        if said and said.isascii() and offered.isascii() and said != offered:
+    for tag, name in _IDENTIFIERS.items():
+        said, offered = _values(made, tag), getattr(study, name).rstrip("\\ ")
+        # The gateway carries a value as it was sent; DICOM JSON has it in parts (PS3.5 6.4: `\` separates values).
+        comparable = any(said) and "".join(said).isascii() and offered.isascii()
+        if comparable and said != [part.strip() for part in offered.split("\\")]:
             return name
+    birth_date, sex = (sidecar.text(made.metadata, tag, 16) for tag in ("00100030", "00100040"))
+    if contradicting := archive.contradicting_demographics(study, birth_date.replace(".", ""), sex):
+        return contradicting
+    name, offered = sidecar.text(made.metadata, "00100010", 512), study.patient_name.partition("=")[0]
+    if not archive.names_somebody(study.patient_id) and name and name.isascii() and offered.isascii():
+        return "" if archive.same_name(name, offered) else "patient_name"
     return ""
+
+
+def _values(made: InstanceSidecar, tag: str) -> list[str]:
+    """All values of an element as text, trimmed, without empty ones at the end."""
+    values = ["" if part is None else str(part).strip() for part in made.metadata.get(tag, {}).get("Value", ())]
+    while values and not values[-1]:
+        values.pop()
+    return values

@@ -2,11 +2,13 @@
 
 Whoever writes here holds the study's row (`transitions` lock order), so counts, series and the duplicate decisions of
 one study are made one after another. What a pack's instances are (new, already stored, a variant) is decided by
-`routing/commit.py`; here it is written down. Identity is (site, SOP Instance UID) and never crosses sites.
+`routing/commit.py`; here it is written down. Identity is (study, SOP Instance UID) and never crosses sites.
 """
 
 import hashlib
+import re
 import struct
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,8 @@ IMPLEMENTATION_CLASS_UID = "2.25.231984462709117458120530174398513660471"
 IMPLEMENTATION_VERSION_NAME = "YUANZHEN_1"
 _URGENCY = tuple(Priority)  # most urgent first
 _INSERT_ROWS = 500
+_DATE = re.compile(r"(?!0000)\d{8}")
+_NAME_SEPARATORS = re.compile(r"[\s^.,_'·-]+")
 
 
 class ChangedMeanwhileError(RetryableError):
@@ -42,13 +46,61 @@ def patient_key(patient_id: str, issuer_of_patient_id: str) -> str:
     return f"{identifier}^^^{issuer}" if issuer else identifier
 
 
-def same_patient(study: Study, patient_id: str, issuer_of_patient_id: str = "") -> bool:
-    """Whether the study's patient is this one. Issuers count only where both are known: modalities often leave them
-    out, while the objects that a RIS adds to the same study have them."""
+def same_patient_id(study: Study, patient_id: str, issuer_of_patient_id: str = "") -> bool:
+    """Whether the study's patient has this Patient ID. Issuers count only where both are known: modalities often leave
+    them out, while the objects that a RIS adds to the same study have them."""
     if study.patient_id.strip() != clean(patient_id).strip():
         return False
     mine, theirs = study.issuer_of_patient_id.strip(), clean(issuer_of_patient_id).strip()
     return not mine or not theirs or mine == theirs
+
+
+def same_patient(study: Study, facts: StudyFacts) -> bool:
+    """Whether these facts are of the study's patient; where they may not be, no, and a person decides (PS3.3 C.7.1.1).
+
+    The Patient ID has to agree, and birth date and sex where both are known. A Patient ID that names nobody (empty, or
+    noughts) leaves the name to decide; with an ID the name counts for nothing, for names are written in many ways.
+    """
+    if not same_patient_id(study, facts.patient_id, facts.issuer_of_patient_id):
+        return False
+    if contradicting_demographics(study, facts.patient_birth_date, facts.patient_sex):
+        return False
+    return names_somebody(facts.patient_id) or same_name(study.patient_name, clean(facts.patient_name))
+
+
+def contradicting_demographics(study: Study, patient_birth_date: str, patient_sex: str) -> str:
+    """The attribute that speaks against this being the study's patient, or "". `O` as a sex says nothing (PS3.3
+    C.7.1.1: other), nor does a birth date that is none."""
+    mine, theirs = study.patient_birth_date.strip(), patient_birth_date.strip()
+    if _DATE.fullmatch(mine) and _DATE.fullmatch(theirs) and mine != theirs:
+        return "patient_birth_date"
+    if {study.patient_sex.strip().upper(), patient_sex.strip().upper()} == {"M", "F"}:
+        return "patient_sex"
+    return ""
+
+
+def names_somebody(patient_id: str) -> bool:
+    """Whether a Patient ID tells patients apart; modalities fill in noughts where none was typed."""
+    return clean(patient_id).strip() not in {"", "-"} and clean(patient_id).strip().strip("0") != ""
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two decoded person names (PN, PS3.5 6.2.1) are written alike: each component group that both have
+    agrees, or all that the one has are in the other, wherever they stand (modalities put ideographs first). Case, width
+    and separators are no difference. Two empty names are alike: nothing speaks against it."""
+    groups, others = _name_groups(one), _name_groups(other)
+    if not groups or not others:
+        return not groups and not others
+    fewer, more = sorted((set(groups.values()), set(others.values())), key=len)
+    shared = groups.keys() & others.keys()
+    return fewer <= more or (bool(shared) and all(groups[place] == others[place] for place in shared))
+
+
+def _name_groups(name: str) -> dict[int, str]:
+    """Component groups by their place (0 alphabetic, 1 ideographic, 2 phonetic), normalised, without empty ones."""
+    groups = unicodedata.normalize("NFKC", name).casefold().split("=")
+    plain = (_NAME_SEPARATORS.sub("", group) for group in groups)
+    return {place: group for place, group in enumerate(plain) if group}
 
 
 def clean(text: str) -> str:
@@ -74,13 +126,16 @@ def open_study(
     name = f"study {site_id} {facts.study_instance_uid}"
     session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
     rows = studies_of(session, site_id, facts.study_instance_uid, lock=True)
-    for row in rows:
-        if same_patient(row, facts.patient_id, facts.issuer_of_patient_id):
-            return row
+    key, digest = patient_key(facts.patient_id, facts.issuer_of_patient_id), _patient_sha256(facts)
+    found = [row for row in rows if (row.patient_key, row.patient_sha256) == (key, digest)]
+    found = found or [row for row in rows if same_patient(row, facts)]
+    if found:
+        return found[0]
     study = Study(
         site_id=site_id,
         study_instance_uid=facts.study_instance_uid,
-        patient_key=patient_key(facts.patient_id, facts.issuer_of_patient_id),
+        patient_key=key,
+        patient_sha256=digest,
         priority=facts.priority,
         acquired_at=facts.acquired_at,
         first_received_at=facts.first_received_at,
@@ -102,6 +157,12 @@ def open_study(
             hold(session, study_id, actor=actor, details={"reason": "two patients", "other_studies": others})
         session.refresh(study)
     return study
+
+
+def _patient_sha256(facts: StudyFacts) -> bytes:
+    """What the key needs of a patient beside the Patient ID, in a length that an index can hold."""
+    parts = (facts.patient_name, facts.patient_birth_date, facts.patient_sex)
+    return hashlib.sha256("\0".join(map(clean, parts)).encode()).digest()
 
 
 _STUDY_TEXTS = (
@@ -157,6 +218,7 @@ class NewInstance:
     header_sha256: str
     pixel_sha256: str
     is_variant: bool
+    other_studies: tuple[int, ...] = ()  # studies of the site that have this SOP Instance UID with other bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +255,7 @@ def add_pack(session: Session, study: Study, stored: StoredPack, instances: Sequ
         values = [
             _instance_values(study, pack_id, series_ids[new.entry.facts.series_instance_uid], new) for new in some
         ]
-        # Another study of the site may carry the same UID at the same moment: its study row is not ours to lock.
+        # The same bytes may come under another patient of this Study Instance UID, whose commit came first.
         inserted = session.execute(
             postgresql.insert(Instance).values(values).on_conflict_do_nothing().returning(Instance.id, Instance.sha256)
         ).all()
@@ -263,10 +325,16 @@ def _count(session: Session, study: Study, instances: Sequence[NewInstance]) -> 
     study.body_part_examined = study.body_part_examined or min(parts, default="")
     study.instance_count += sum(not new.is_variant for new in instances)
     study.size_bytes += sum(new.entry.facts.size_bytes for new in instances)
-    count = sa.select(sa.func.count()).select_from(Series).where(Series.study_id == study.id)
+    count = sa.select(sa.func.count()).select_from(Series)
+    count = count.where(Series.study_id == study.id, Series.instance_count > 0)
     study.series_count = session.execute(count).scalar_one()
     study.last_arrived_at = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     session.flush()
+
+
+def flag_variants(session: Session, study_ids: Iterable[int]) -> None:
+    """Say of these studies, which the caller has locked, that a SOP Instance UID of theirs has other bytes too."""
+    session.execute(sa.update(Study).where(Study.id.in_(set(study_ids))).values(has_variants=True))
 
 
 def line_key(sop_instance_uid: str, sha256_hex: str) -> str:

@@ -1,59 +1,85 @@
-"""Bytes of text elements to Unicode, never failing: what cannot be decoded becomes U+FFFD (PS3.3 C.12.1.1.2).
+"""Bytes of text elements to Unicode, never failing: what cannot be read becomes U+FFFD (PS3.5 6.1, PS3.3 C.12.1.1.2).
 
-Decoding comes before splitting on backslash, caret and equals sign: 0x5C is the second byte of 118 characters of GBK.
+Used by gateway and centre, which must read one name alike: a difference would hold the study. Decoding comes before
+splitting on backslash, caret and equals sign: 0x5C is the second byte of 118 characters of GBK. Senders misspell the
+defined terms, leave escape sequences out and put bytes above 127 where none may be; each is read as it was meant.
 """
 
 import re
 from collections.abc import Sequence
 
-from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
+ASCII, GB18030, UTF_8 = "ascii", "gb18030", "utf_8"
+DEFAULT = ASCII
+"""ISO_IR 6, where there is no Specific Character Set."""
 
-_NUMBERED = re.compile(r"(ISO[ _-]*2022)?[ _-]*IR[ _-]*(\d+)$")
-_ESCAPED = re.compile(rb"(?=\x1b)")
-_DELIMITER = re.compile(rb"[\\^=\r\n\t\f]")
+_CODEC_OF_NUMBER = {
+    6: ASCII, 13: "shift_jis", 58: GB18030, 87: ASCII, 100: "latin_1", 101: "iso8859_2", 109: "iso8859_3",
+    110: "iso8859_4", 126: "iso8859_7", 127: "iso8859_6", 138: "iso8859_8", 144: "iso8859_5", 148: "iso8859_9",
+    149: "euc_kr", 159: ASCII, 166: "tis_620", 192: UTF_8, 203: "iso8859_15",
+}  # fmt: skip
+"""ISO registration number to codec, for bytes outside escape sequences (PS3.3 Tables C.12-2 to C.12-5)."""
+
+_CODEC_OF_ESCAPE = {
+    b"(B": ASCII, b"(J": "shift_jis", b")I": "shift_jis", b"-A": "latin_1", b"-B": "iso8859_2", b"-C": "iso8859_3",
+    b"-D": "iso8859_4", b"-F": "iso8859_7", b"-G": "iso8859_6", b"-H": "iso8859_8", b"-L": "iso8859_5",
+    b"-M": "iso8859_9", b"-T": "tis_620", b"-b": "iso8859_15", b"$B": "iso2022_jp", b"$(D": "iso2022_jp_2",
+    b"$)C": "euc_kr", b"$)A": GB18030,
+}  # fmt: skip
+"""What follows ESC, to codec (PS3.3 Tables C.12-3 and C.12-4)."""
+
 _SEVEN_BIT = frozenset({"iso2022_jp", "iso2022_jp_2"})
-DEFAULT = ("latin_1",)
-"""ISO_IR 6 allows no byte above 127; where one is there all the same, Latin-1 shows something."""
+"""Codecs that want to see their escape sequence. Their bytes below 128 are halves of characters, not delimiters."""
+
+_NUMBERED = re.compile(r"(?:ISO[ _-]*(?:2022)?[ _-]*(?:IR)?|IR)[ _-]*(\d+)$")
+_DELIMITER = re.compile(rb"[\\^=\r\n\t\f]")
 
 
-def codecs_of(terms: Sequence[str]) -> tuple[str, ...]:
-    """Python codecs for the values of Specific Character Set, however spelled; unknown ones count as the default."""
-    names = tuple(python_encoding.get(_term(term), "") for term in terms)
-    known = tuple("latin_1" if name in ("", "iso8859") else name for name in names)
-    if known and not terms[0].strip() and "iso_ir_58" in known:
-        return ("GB18030", *known[1:])  # PS3.5 K.2: ASCII first; senders that forget the escapes mean GB 2312 bytes
-    return known or DEFAULT
-
-
-def _term(written: str) -> str:
-    """A defined term of PS3.3 C.12.1.1.2 from what senders write: `GB 18030`, `ISO-IR 100`, `UTF-8`."""
+def codec_of_term(written: str) -> str | None:
+    """Codec of one defined term, from what senders write (`GB 18030`, `ISO-IR 100`, `UTF-8`); None if it is none."""
     term = written.strip(" \0").upper()
-    if "GB" in term:
-        return "GB18030"  # holds GBK and GB 2312
-    if "UTF" in term:
-        return "ISO_IR 192"
+    if "GB" in term:  # GB18030, GBK, GB2312, ISO 2022 GBK: each inside the next, and GB18030 holds all
+        return GB18030
+    if "UTF" in term or term == "UNICODE":
+        return UTF_8
     numbered = _NUMBERED.search(term)
-    return f"{'ISO 2022 IR' if numbered[1] else 'ISO_IR'} {numbered[2]}" if numbered else term
+    return _CODEC_OF_NUMBER.get(int(numbered[1])) if numbered else None
 
 
-def decode(value: bytes, codecs: Sequence[str]) -> str:
-    """Text of one element. With several codecs, escape sequences change over between them (PS3.5 6.1.2.5)."""
-    first = codecs[0]
-    plain, *escaped = _ESCAPED.split(value)
-    return plain.decode(first, "replace") + "".join(_fragment(part, first) for part in escaped)
+def declared_codec(terms: Sequence[str]) -> str | None:
+    """Codec for bytes outside escape sequences, by the values of (0008,0005); None if they say nothing known.
+
+    The first value rules (PS3.3 C.12.1.1.2). But where it is ASCII and GB 2312 comes by escapes (PS3.5 K.2), bytes
+    above 127 outside them are GB 2312 whose sender left the escapes out.
+    """
+    first = codec_of_term(terms[0]) if terms else None
+    if first in (None, ASCII) and any(codec_of_term(term) == GB18030 for term in terms[1:]):
+        return GB18030
+    return first
+
+
+def decode(value: bytes, codec: str) -> str:
+    """Text of one element; escape sequences in it change over between character sets (PS3.5 6.1.2.5)."""
+    plain, *escaped = value.split(b"\x1b")
+    return _plain(plain, codec) + "".join(_fragment(part, codec) for part in escaped)
+
+
+def _plain(value: bytes, codec: str) -> str:
+    """ISO_IR 6 allows no byte above 127; where one is there all the same, Latin-1 shows something."""
+    return value.decode("latin_1" if codec == ASCII else codec, "replace")
 
 
 def _fragment(part: bytes, first: str) -> str:
-    """Text from one escape sequence to the next."""
-    length = 4 if part.startswith((b"\x1b$(", b"\x1b$)")) else 3
-    codec = CODES_TO_ENCODINGS.get(part[:length], first)
-    if codec in _SEVEN_BIT:  # no delimiters inside: the bytes of one may be half of a character
-        return part.decode(codec, "replace")
-    if codec == "iso8859":
-        codec = "latin_1"
-    text = part if codec == "iso_ir_58" else part[length:]  # Python's other codecs do not know the sequence
-    # PS3.5 6.1.2.5.3: after each delimiter the first character set is active again.
-    end = _DELIMITER.search(text, 0 if codec != "iso_ir_58" else length)
+    """Text between two escape characters; `part` begins with the rest of the sequence."""
+    escape = next((known for known in _CODEC_OF_ESCAPE if part.startswith(known)), None)
+    if escape is None:  # not one of DICOM's: only the control character itself is dropped
+        return _plain(part, first)
+    codec = _CODEC_OF_ESCAPE[escape]
+    if codec in _SEVEN_BIT:
+        return (b"\x1b" + part).decode(codec, "replace")
+    text = part[len(escape) :]
+    # PS3.5 6.1.2.5.3: after a delimiter the first character set is active again. Where that is ASCII, bytes above 127
+    # have no meaning in it, so there the sequence holds on: its sender forgot to repeat it.
+    end = None if first == ASCII else _DELIMITER.search(text)
     if end is None:
-        return text.decode(codec, "replace")
-    return text[: end.start()].decode(codec, "replace") + text[end.start() :].decode(first, "replace")
+        return _plain(text, codec)
+    return _plain(text[: end.start()], codec) + _plain(text[end.start() :], first)

@@ -3,7 +3,6 @@
 import base64
 import math
 import struct
-from collections.abc import Sequence
 from typing import Any
 
 from pydicom.datadict import dictionary_VR
@@ -51,12 +50,12 @@ def vr_of(tag: int, written: bytes, *, signed: bool) -> str:
     return _AMBIGUOUS.get(found, found if found in _KNOWN_VRS else "UN")
 
 
-def element(vr: str, raw: bytes, codecs: Sequence[str], *, big_endian: bool) -> dict[str, Any]:
+def element(vr: str, raw: bytes, codec: str, *, big_endian: bool) -> dict[str, Any]:
     """One element of the JSON model: `vr` with `Value` or `InlineBinary`, or `vr` alone where it is empty."""
     if not raw:
         return {"vr": vr}
     if vr in TEXT_VRS:
-        values = _texts(vr, raw, codecs)
+        values = _texts(vr, raw, codec)
         return {"vr": vr, "Value": values} if any(v is not None for v in values) else {"vr": vr}
     values = _tags(raw, big_endian) if vr == "AT" else _numbers(vr, raw, big_endian)
     if values:
@@ -68,8 +67,8 @@ def element(vr: str, raw: bytes, codecs: Sequence[str], *, big_endian: bool) -> 
     return {"vr": vr, "InlineBinary": base64.b64encode(raw).decode()}
 
 
-def _texts(vr: str, raw: bytes, codecs: Sequence[str]) -> list[Any]:
-    text = decode(raw, codecs) if vr in _CHARACTER_SET_VRS else raw.decode("latin_1")
+def _texts(vr: str, raw: bytes, codec: str) -> list[Any]:
+    text = decode(raw, codec) if vr in _CHARACTER_SET_VRS else raw.decode("latin_1")
     text = text.rstrip(" \0").replace("\0", "")
     if vr in _WHOLE_TEXT_VRS:
         return [text or None]

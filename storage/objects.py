@@ -1,12 +1,14 @@
 """Objects: an S3 server through the `minio` SDK. No server's name is known here (design §3, facts §5).
 
-A port of few methods over two buckets: packs, staging and results in one; signed reports in another with object
-lock. Uses only what MinIO documents. Every read gives bytes whose digest the caller checks.
+A port of few methods over two buckets: packs, staging and results in one; in another, with object lock, signed reports
+and the audit trail's daily heads. Uses only what MinIO documents. Every read gives bytes whose digest is checked by
+who asked.
 """
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -17,7 +19,7 @@ from minio.commonconfig import COMPLIANCE, GOVERNANCE
 from minio.error import MinioException, S3Error
 from minio.retention import Retention
 
-from storage.errors import ConfigurationError, ObjectMissingError, ObjectStoreError
+from storage.errors import ConfigurationError, ObjectMissingError, ObjectStoreError, PermanentError
 from storage.settings import Settings
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -37,6 +39,8 @@ def _translated(key: str) -> Iterator[None]:
         raise ObjectStoreError(f"Object store answered {error.code} for {key}") from error
     except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
         raise ObjectStoreError(f"Object store did not answer for {key}: {type(error).__name__}") from error
+    except ValueError as error:  # minio-py refuses a key before it asks the server
+        raise PermanentError(f"{key} cannot be an object's key") from error
 
 
 def _client(url: str, configuration: Settings) -> Minio:
@@ -55,6 +59,15 @@ def _client(url: str, configuration: Settings) -> Minio:
             retries=False,  # jobs and gateways retry; one layer per hop
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LockedVersion:
+    """One version of an object. Object lock keeps each: a later PUT or delete only hides it."""
+
+    key: str
+    version_id: str
+    is_delete_marker: bool
 
 
 class Objects:
@@ -97,11 +110,22 @@ class Objects:
                 retention=Retention(self._lock_mode, until),
             )
 
-    def get(self, key: str, *, offset: int = 0, length: int = 0, locked: bool = False) -> bytes:
-        """Read `length` bytes from `offset`; 0 means to the end. Raises ObjectMissingError, ObjectStoreError."""
+    def locked_versions(self, prefix: str) -> Iterator[LockedVersion]:
+        """Every version under a prefix of the bucket with object lock, by key and then newest first."""
+        with _translated(prefix):
+            for found in self._client.list_objects(
+                self._lock_bucket, prefix=prefix, recursive=True, include_version=True
+            ):
+                yield LockedVersion(found.object_name, found.version_id, found.is_delete_marker)
+
+    def get(
+        self, key: str, *, offset: int = 0, length: int = 0, locked: bool = False, version_id: str | None = None
+    ) -> bytes:
+        """Read `length` bytes from `offset`; 0 means to the end. Without `version_id`, of the newest version. Raises
+        ObjectMissingError, ObjectStoreError."""
         bucket = self._lock_bucket if locked else self._bucket
         with _translated(key):
-            response = self._client.get_object(bucket, key, offset=offset, length=length)
+            response = self._client.get_object(bucket, key, offset=offset, length=length, version_id=version_id)
             try:
                 data: bytes = response.read()
             finally:
@@ -139,6 +163,13 @@ class Objects:
         with _translated(prefix):
             for found in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
                 yield found.object_name
+
+    def list_older(self, prefix: str, than: datetime) -> Iterator[str]:
+        """Keys under a prefix that were last written before `than`, by the object store's clock."""
+        with _translated(prefix):
+            for found in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
+                if found.last_modified is not None and found.last_modified < than:
+                    yield found.object_name
 
     def presigned_put(self, key: str, life_s: int) -> str:
         """An address good for one PUT of this key, under staging/ only, for `life_s` seconds.

@@ -6,6 +6,7 @@ The signed bytes are the receipt's JSON with sorted keys, no spaces, signature l
 import base64
 import hashlib
 import json
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -37,6 +38,14 @@ def load_signing_key(pem: bytes) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError("The receipt key is not an Ed25519 private key")
     return key
+
+
+def read_signing_key(path: Path) -> Ed25519PrivateKey:
+    """The private key in a PEM file. Raises ConfigurationError that names the file."""
+    try:
+        return load_signing_key(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"Receipt key {path} cannot be read: {error}") from error
 
 
 def load_public_key(pem: bytes) -> Ed25519PublicKey:

@@ -150,7 +150,7 @@ class Study(Row):
     __tablename__ = "study"
     __table_args__ = (
         # One Study UID with two patients is two rows, both HELD (design §4.8): so the patient is part of the key.
-        sa.UniqueConstraint("site_id", "study_instance_uid", "patient_key"),
+        sa.UniqueConstraint("site_id", "study_instance_uid", "patient_key", "patient_sha256"),
         sa.Index("ix_study_site_received", "site_id", "first_received_at"),
         sa.Index("ix_study_receiving", "last_arrived_at", postgresql_where=sa.text("state = 'receiving'")),
     )
@@ -159,6 +159,7 @@ class Study(Row):
     site_id: Mapped[int] = _site()
     study_instance_uid: Mapped[str]
     patient_key: Mapped[str]  # PatientID and issuer as compared: trimmed, case kept; see storage/archive.py
+    patient_sha256: Mapped[bytes] = mapped_column(server_default=sa.text("''::bytea"))  # name, birth date, sex as sent
     patient_id: Mapped[str]
     issuer_of_patient_id: Mapped[str]
     patient_name: Mapped[str]
@@ -185,6 +186,9 @@ class Study(Row):
     instance_count: Mapped[int] = mapped_column(server_default="0")
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     expected_count: Mapped[int | None]  # instances in the newest inventory
+    has_variants: Mapped[bool] = mapped_column(
+        server_default=sa.false()
+    )  # a SOP Instance UID of it has other bytes too
     event_count: Mapped[int] = mapped_column(server_default="0")
     event_head: Mapped[bytes] = mapped_column(server_default=sa.text("''::bytea"))  # newest event's hash
 
@@ -224,14 +228,15 @@ class Pack(Row):
 
 
 class Instance(Row):
-    """One SOP instance: where its bytes lie. Identity is (site, SOP Instance UID); variants stand beside the first."""
+    """One SOP instance: where its bytes lie. A study's variants of a SOP Instance UID stand beside the first and are
+    not read; the same UID in another study of the site is that study's first (both studies say `has_variants`)."""
 
     __tablename__ = "instance"
     __table_args__ = (
         sa.UniqueConstraint("site_id", "sop_instance_uid", "sha256"),
-        # Only one set of bytes is *the* instance; others are variants that a person looks at (design §4.8).
+        # In a study only one set of bytes is *the* instance; others are variants that a person looks at (design §4.8).
         sa.Index(
-            "uq_instance_first", "site_id", "sop_instance_uid", unique=True, postgresql_where=sa.text("NOT is_variant")
+            "uq_instance_first", "study_id", "sop_instance_uid", unique=True, postgresql_where=sa.text("NOT is_variant")
         ),
         sa.Index("ix_instance_series", "series_id", "instance_number"),
     )

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     s3_secret_key: SecretStr = Field(description="Object store secret key")
     s3_region: str = Field(default="us-east-1", description="Region in the signature")
     s3_bucket: str = Field(default="yuanzhen", description="Bucket of packs and staging")
-    s3_lock_bucket: str = Field(default="yuanzhen-reports", description="Bucket with object lock: signed reports")
+    s3_lock_bucket: str = Field(default="yuanzhen-reports", description="Object lock: signed reports, daily heads")
     report_lock_days: int = Field(default=3650, description="Days a signed report cannot be deleted, by object lock")
     object_lock_mode: str = Field(default="COMPLIANCE", description="COMPLIANCE or GOVERNANCE")
 

@@ -131,6 +131,10 @@ def text(metadata: dict[str, Any], tag: str, limit: int = 1024) -> str:
     return "" if found is None else str(found)[:limit]
 
 
+def _codec_of(terms: list[str]) -> str:
+    return character_sets.declared_codec(terms) or character_sets.DEFAULT
+
+
 def _sidecar(
     facts: InstanceFacts, metadata: dict[str, Any], frames: list[list[Extent]], bulk: dict[str, Extent], note: str
 ) -> InstanceSidecar:
@@ -176,10 +180,10 @@ def _frames(
 class _Level:
     """One data set (the root or an item) that elements are being added to."""
 
-    def __init__(self, content: dict[str, Any], path: str, codecs: tuple[str, ...]) -> None:
+    def __init__(self, content: dict[str, Any], path: str, codec: str) -> None:
         self.content = content
         self.path = path  # of the data set itself: "" or "00081140/0/"
-        self.codecs = codecs
+        self.codec = codec
         self.sequence: list[Any] = []  # Value of the sequence element last added here
         self.sequence_tag = ""
 
@@ -190,7 +194,7 @@ class _Builder:
     def __init__(self, data: memoryview, transfer_syntax_uid: str, character_set: str) -> None:
         self._data = data
         self._big_endian = transfer_syntax_uid == dataset.EXPLICIT_VR_BIG_ENDIAN
-        self._repaired = character_sets.codecs_of([character_set]) if character_set else None
+        self._repaired = _codec_of([character_set]) if character_set else None
         self.root: dict[str, Any] = {}
         self.bulk: dict[str, Extent] = {}
         self.notes: list[str] = []
@@ -236,7 +240,7 @@ class _Builder:
         path = f"{parent.path}{parent.sequence_tag}/{len(parent.sequence)}/"
         content: dict[str, Any] = {}
         parent.sequence.append(content)
-        self._levels.append(_Level(content, path, parent.codecs))
+        self._levels.append(_Level(content, path, parent.codec))
 
     def _element(self, element: Element) -> None:
         del self._levels[element.depth + 1 :]
@@ -271,10 +275,10 @@ class _Builder:
         raw = bytes(self._data[element.value_offset : stop])
         if element.tag == _SPECIFIC_CHARACTER_SET:
             if self._repaired is None:
-                level.codecs = character_sets.codecs_of(raw.decode("latin_1").strip(" \0").split("\\"))
+                level.codec = _codec_of(raw.decode("latin_1").strip(" \0").split("\\"))
             return {"vr": "CS", "Value": ["ISO_IR 192"]}  # JSON is UTF-8, whatever the data set was
         big_endian = self._big_endian and element.vr != b"UN"
-        return json_values.element(vr, raw, level.codecs, big_endian=big_endian)
+        return json_values.element(vr, raw, level.codec, big_endian=big_endian)
 
     def _drop(self, tag: str, opened: Element) -> None:
         """Put the top-level sequence that is being read out of the metadata: it is too large to be shown."""

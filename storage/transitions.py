@@ -2,6 +2,9 @@
 
 Lock order, everywhere: the study's row first, then the row that changes. Whoever holds the study's row is the only
 one who can add to its chain, so `sequence` has no gaps and `hash` no forks.
+
+A chain by itself shows a change that was not carried through to its end. Who can write every row can make a whole new
+chain: that shows against the signed daily heads (`routing/heads.py`), from the end of the day on.
 """
 
 import hashlib
@@ -65,6 +68,7 @@ def event_hash(previous: bytes, content: dict[str, Any]) -> bytes:
 
 def event_content(
     *,
+    site_id: int,
     study_id: int | None,
     sequence: int | None,
     name: str,
@@ -78,6 +82,7 @@ def event_content(
 ) -> dict[str, Any]:
     """What of an event is hashed: everything but its row id."""
     return {
+        "site_id": site_id,
         "study_id": study_id,
         "sequence": sequence,
         "name": name,
@@ -89,6 +94,25 @@ def event_content(
         "at": at.isoformat(),
         "details": details,
     }
+
+
+def recomputed_hash(previous: bytes, event: Event) -> bytes:
+    """The hash that an event's row should have after an event with hash `previous`; b"" before the first of a study,
+    and for one outside any study."""
+    content = event_content(
+        site_id=event.site_id,
+        study_id=event.study_id,
+        sequence=event.sequence,
+        name=event.name,
+        subject=event.subject,
+        subject_id=event.subject_id,
+        from_state=event.from_state,
+        to_state=event.to_state,
+        actor=event.actor,
+        at=event.at,
+        details=event.details,
+    )
+    return event_hash(previous, content)
 
 
 def _append(
@@ -105,6 +129,7 @@ def _append(
 ) -> datetime:
     sequence = head.sequence + 1
     content = event_content(
+        site_id=head.site_id,
         study_id=study_id,
         sequence=sequence,
         name=name,
@@ -163,9 +188,12 @@ def note_outside_study(
     actor: str,
     details: dict[str, Any] | None = None,
 ) -> None:
-    """Add an event that belongs to no study (sign-in, enrolment). Not chained: nothing orders such events."""
+    """Add an event that belongs to no study (sign-in, enrolment). Not chained: nothing orders such events.
+
+    The day's signed head covers them."""
     now = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     content = event_content(
+        site_id=site_id,
         study_id=None,
         sequence=None,
         name=name,
@@ -262,26 +290,20 @@ def move(
 
 
 def verify_chain(session: Session, study_id: int) -> int:
-    """Recompute a study's chain. Returns the number of events; raises IllegalTransitionError at the first that lies."""
+    """Recompute a study's chain. Returns the number of events; raises IllegalTransitionError at the first that lies.
+
+    Proves that the events fit each other and the study's row, not that nobody rewrote them all: see `routing/heads.py`.
+    """
     previous = b""
+    site_id, count, head = session.execute(
+        sa.select(Study.site_id, Study.event_count, Study.event_head).where(Study.id == study_id)
+    ).one()
     rows = session.execute(sa.select(Event).where(Event.study_id == study_id).order_by(Event.sequence)).scalars().all()
     for expected, row in enumerate(rows, start=1):
-        content = event_content(
-            study_id=row.study_id,
-            sequence=row.sequence,
-            name=row.name,
-            subject=row.subject,
-            subject_id=row.subject_id,
-            from_state=row.from_state,
-            to_state=row.to_state,
-            actor=row.actor,
-            at=row.at,
-            details=row.details,
-        )
-        if row.sequence != expected or event_hash(previous, content) != row.hash:
+        whole = row.sequence == expected and row.site_id == site_id
+        if not whole or recomputed_hash(previous, row) != row.hash:
             raise IllegalTransitionError(f"Event {expected} of study {study_id} was altered or removed")
         previous = row.hash
-    head = session.execute(sa.select(Study.event_head).where(Study.id == study_id)).scalar_one()
-    if head != previous:
+    if (len(rows), previous) != (count, head):
         raise IllegalTransitionError(f"The newest event of study {study_id} was removed")
     return len(rows)

@@ -30,7 +30,8 @@ MAX_OBJECT_BYTES = 4 * 1024**3
 FEED_WAIT_MAX_S = 25
 """Carrier NAT forgets an idle connection after about 30 s."""
 
-Uid = Annotated[str, Field(pattern=r"^[0-9.]{1,64}$")]
+Uid = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=64)]
+"""PS3.5 9.1, but that leading zeros of a component are let through: they are out there."""
 Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -152,7 +153,12 @@ class Inventory(Message):
     """All instances the gateway received for a study that has gone quiet; sent again if more arrive."""
 
     study_instance_uid: Uid
+    # As in the StudyFacts that were offered: two patients under one Study Instance UID are two studies.
     patient_id: str = ""
+    issuer_of_patient_id: str = ""
+    patient_name: str = ""
+    patient_birth_date: str = ""
+    patient_sex: str = ""
     instances: tuple[ReceiptLine, ...] = Field(max_length=100_000)
     quiet_since: datetime
 

@@ -54,6 +54,9 @@ def image(
     study: str = "1.2.3",
     series: str = "1.2.3.1",
     patient_id: str = "P1",
+    patient_name: str = "Zhang^San=张^三",
+    patient_birth_date: str = "",
+    patient_sex: str = "",
     fill: int = 7,
     side: int = 16,
     description: str = "",
@@ -64,7 +67,8 @@ def image(
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.SOPClassUID, ds.SOPInstanceUID = CR_STORAGE, uid
     ds.StudyInstanceUID, ds.SeriesInstanceUID = study, series
-    ds.PatientID, ds.PatientName, ds.Modality = patient_id, "Zhang^San=张^三", "CR"
+    ds.PatientID, ds.PatientName, ds.Modality = patient_id, patient_name, "CR"
+    ds.PatientBirthDate, ds.PatientSex = patient_birth_date, patient_sex
     ds.SeriesNumber, ds.InstanceNumber, ds.BodyPartExamined = 3, 1, "CHEST"
     if description:
         ds.SeriesDescription = description

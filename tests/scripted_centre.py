@@ -48,6 +48,7 @@ class ScriptedCentre:
         self.studies: dict[tuple[str, str], wire.StudyFacts] = {}
         self.inventories: list[wire.Inventory] = []
         self.heartbeats: list[wire.Heartbeat] = []
+        self.failing: set[str] = set()  # SOP Instance UIDs whose offer is answered 500
         self.lock = threading.Lock()
         centre = self
 
@@ -115,9 +116,11 @@ class ScriptedCentre:
         handler.end_headers()
         handler.wfile.write(body)
 
-    def _offer(self, body: bytes, fault: Fault | None) -> wire.OfferAnswer:
+    def _offer(self, body: bytes, fault: Fault | None) -> wire.OfferAnswer | int:
         offer = wire.Offer.model_validate_json(body)
         self.offers.append(offer)
+        if any(one.sop_instance_uid in self.failing for one in offer.instances):
+            return 500
         self.studies[offer.study.study_instance_uid, offer.study.patient_id] = offer.study
         (plan,) = offer.packs
         self.plans[plan.pack_id] = plan

@@ -1,7 +1,8 @@
 """Completion by silence, for studies whose gateway never sent an inventory; and how patients are compared."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
+import pytest
 import sqlalchemy as sa
 
 from routing import completion
@@ -9,6 +10,7 @@ from storage import archive
 from storage.database import Database
 from storage.rows import Event, Job, Study, StudyInventory
 from storage.vocabulary import StudyState
+from storage.wire import StudyFacts
 from tests.centre import Sites, add_study
 
 QUIET_S = 1800.0
@@ -59,10 +61,54 @@ def test_more_quiet_studies_than_one_batch_are_all_completed(database: Database,
     assert completion.complete_quiet(database, QUIET_S) == 105
 
 
+def test_a_study_without_an_image_of_its_own_is_held_and_not_queued(database: Database, sites: Sites) -> None:
+    study_id = quiet_study(database, sites.county, "1.1", images=0)
+    with database.centre() as session:
+        session.add(StudyInventory(study_id=study_id, site_id=sites.county, instances={}))
+        assert not completion.check(session, study_id, actor="system")
+    assert state(database, study_id) is StudyState.HELD
+    with database.centre() as session:
+        assert session.scalars(sa.select(Job)).all() == []
+
+
 def test_patients_are_compared_by_id_and_by_issuer_where_both_have_one() -> None:
     study = Study(patient_id="P1 ", issuer_of_patient_id="")
-    assert archive.same_patient(study, "P1") and archive.same_patient(study, "P1", "HIS")
-    assert not archive.same_patient(study, "p1") and not archive.same_patient(study, "")
+    assert archive.same_patient_id(study, "P1") and archive.same_patient_id(study, "P1", "HIS")
+    assert not archive.same_patient_id(study, "p1") and not archive.same_patient_id(study, "")
     study = Study(patient_id="P1", issuer_of_patient_id="HIS")
-    assert archive.same_patient(study, "P1") and not archive.same_patient(study, "P1", "OTHER")
+    assert archive.same_patient_id(study, "P1") and not archive.same_patient_id(study, "P1", "OTHER")
     assert archive.patient_key("P1\0 ", "") == "P1" and archive.patient_key("P1", "HIS") == "P1^^^HIS"
+
+
+_WANG = {"patient_id": "P1", "patient_name": "Wang^Wu=王^五", "patient_birth_date": "19800101", "patient_sex": "M"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        ({}, {}, True),
+        ({}, {"patient_name": "WANG WU"}, True),
+        ({}, {"patient_name": "Li^Si"}, True),  # with an ID of somebody, a corrected name
+        ({}, {"patient_birth_date": "19810101"}, False),
+        ({}, {"patient_birth_date": ""}, True),
+        ({}, {"patient_birth_date": "00000000"}, True),
+        ({}, {"patient_sex": "F"}, False),
+        ({}, {"patient_sex": "O"}, True),
+        ({"patient_id": ""}, {"patient_id": "P1"}, False),
+        ({"patient_id": ""}, {"patient_id": ""}, True),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "WANG^WU"}, True),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "=王五"}, True),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "王五"}, True),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "Wang^Wu=王^武"}, False),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "Li^Si"}, False),
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": ""}, False),
+        ({"patient_id": "", "patient_name": ""}, {"patient_id": "", "patient_name": "^"}, True),
+        ({"patient_id": "000000"}, {"patient_id": "000000", "patient_name": "Li^Si"}, False),
+    ],
+)
+def test_one_study_uid_is_of_one_patient_only_where_nothing_speaks_against_it(
+    mine: dict[str, str], theirs: dict[str, str], same: bool
+) -> None:
+    study = Study(**(_WANG | {"issuer_of_patient_id": ""} | mine))
+    facts = StudyFacts(study_instance_uid="1.2.3", first_received_at=datetime.now(UTC), **(_WANG | theirs))
+    assert archive.same_patient(study, facts) is same

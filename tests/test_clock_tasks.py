@@ -20,17 +20,20 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from deploy.pki import ensure_pki
 from deploy.postgres import APP, Postgres
 from deploy.process import free_ports
 from routing.clock import Clock
 from routing.priority import TIER_ROUTINE, TIER_URGENT
+from routing.sweep import sweep_staging
 from storage import jobs
 from storage.broker import make_broker
 from storage.database import Database
 from storage.errors import ConfigurationError
-from storage.rows import Case, Event, Gateway, Job, Study, TriageRun
+from storage.objects import Objects
+from storage.rows import Case, Event, Gateway, Job, Study, TriageRun, Upload
 from storage.settings import Settings
-from storage.vocabulary import CaseState, RunMode, RunState, StudyState, TriageState
+from storage.vocabulary import CaseState, RunMode, RunState, StudyState, TriageState, UploadState
 from tests.centre import Sites, add_case, add_study
 
 ROOT = Path(__file__).parent.parent
@@ -284,8 +287,9 @@ def environment(configuration: Settings) -> dict[str, str]:
 
 
 def test_the_process_says_when_it_is_ready_and_stops_in_order_on_sigterm(
-    database: Database, sites: Sites, environment: dict[str, str], tmp_path: Path
+    database: Database, sites: Sites, environment: dict[str, str], configuration: Settings, tmp_path: Path
 ) -> None:
+    ensure_pki(configuration.pki_dir)
     log = tmp_path / "clock.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -323,6 +327,45 @@ def test_a_bad_rule_stops_the_start_with_file_line_and_reason(
     )
     assert done.returncode != 0
     assert f"{rules}:{line}: triage.deadline_s: Input should be greater than 0" in done.stdout + done.stderr
+
+
+def test_a_clock_without_the_key_of_the_daily_heads_does_not_start(
+    environment: dict[str, str], configuration: Settings
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "routing.clock"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"Receipt key {configuration.pki_dir / 'receipt.key'} cannot be read" in done.stdout + done.stderr
+
+
+def test_what_uploads_left_under_staging_goes_after_a_day_and_nothing_else(
+    database: Database, sites: Sites, objects: Objects
+) -> None:
+    with database.centre() as session:
+        study_id = add_study(session, sites.county)
+        for state in UploadState:
+            upload = {"site_id": sites.county, "study_id": study_id, "gateway_id": sites.gateway, "plan": {}}
+            named = {"pack_id": state.value, "staging_key": f"staging/sweep/{state.value}", "state": state}
+            session.execute(sa.insert(Upload).values(upload | named))
+    left = {f"staging/sweep/{name}" for name in (*UploadState, "unknown")}
+    archived = {f"county-a/sweep/{UploadState.RECEIPTED.value}", "stagings/sweep/unknown"}
+    for key in left | archived:
+        objects.put(key, b"bytes")
+
+    assert sweep_staging(database, objects) == 0  # none is a day old
+    assert set(objects.list("staging/sweep/")) == left
+
+    assert sweep_staging(database, objects, older_than=-timedelta(minutes=1)) >= 2  # other tests' leavings go too
+    kept = {f"staging/sweep/{state.value}" for state in UploadState if state is not UploadState.RECEIPTED}
+    assert set(objects.list("staging/sweep/")) == kept
+    assert {key for key in archived if objects.size(key) == 5} == archived
 
 
 @pytest.mark.parametrize("url", ["kafka://x", "http://127.0.0.1", ""])

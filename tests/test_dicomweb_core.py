@@ -227,6 +227,32 @@ def test_metadata_has_a_patient_id_unique_among_hospitals_and_no_impossible_spac
     assert archived.library.whole(stored) == data_set_bytes(path)
 
 
+def test_the_viewer_is_given_no_text_that_reorders_and_every_uid_as_it_is(
+    database: Database, objects: Objects, sites: Sites, tmp_path: Path
+) -> None:
+    data_set = pydicom.dcmread(real_file("CT_small.dcm"))
+    data_set.SpecificCharacterSet = "ISO_IR 192"
+    data_set.PatientName = "Zhang^\u2066X\u2069=张三\u202e四李"
+    data_set.PatientID = "B\u202e321"
+    data_set.StudyDescription = data_set.SeriesDescription = "胸部\u202e位正"
+    data_set.ImageComments = "line\r\nline\u2067"
+    data_set.RequestAttributesSequence = [pydicom.Dataset()]
+    data_set.RequestAttributesSequence[0].RequestedProcedureDescription = "\u202ex"
+    archived = Archived(database, objects, sites.county, [saved(data_set, tmp_path / "evil.dcm")])
+    shown = archived.metadata()
+    assert shown["00100010"]["Value"] == [{"Alphabetic": "Zhang^[U+2066]X[U+2069]", "Ideographic": "张三[U+202E]四李"}]
+    assert shown["00100020"]["Value"] == ["county-a:B[U+202E]321"]
+    assert shown["00081030"]["Value"] == shown["0008103E"]["Value"] == ["胸部[U+202E]位正"]
+    assert shown["00204000"]["Value"] == ["line\nline[U+2067]"]
+    assert shown["00400275"]["Value"][0]["00321060"]["Value"] == ["[U+202E]x"]
+    assert shown["0020000D"]["Value"] == [data_set.StudyInstanceUID]
+    (study,) = archived.query(Level.STUDY, "")
+    assert study["00100010"] == shown["00100010"] and study["00100020"] == shown["00100020"]
+    assert study["00081030"]["Value"] == ["胸部[U+202E]位正"]
+    (found,) = archived.query(Level.STUDY, "PatientID=*\u202e321")  # a search is for what was sent
+    assert found == study
+
+
 def test_real_spacing_stays(database: Database, objects: Objects, sites: Sites) -> None:
     archived = Archived(database, objects, sites.county, [real_file("CT_small.dcm")])
     assert archived.metadata()["00280030"]["Value"] == pytest.approx([0.661468, 0.661468])

@@ -4,24 +4,29 @@ hypothesis runs from a fixed seed here so that it does not pick a new one of tho
 
 import contextlib
 import random
+import time
 import warnings
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from pydicom.charset import encode_string
 from pydicom.dataset import Dataset
 
-from dicom_gateway.character_sets import choose, declared_codec
+from dicom_gateway.character_sets import choose
 from dicom_gateway.identity import identify
+from storage.character_sets import declared_codec, decode
 from storage.dataset import find_pixel_data
 from storage.errors import MalformedDataSetError
 from storage.vocabulary import Priority
-from tests.gateway_kit import data_set_of, encode, pydicom_files, sample
+from tests.gateway_kit import data_set_of, encode, pydicom_files, sample, settings_for
 
 EXPLICIT = "1.2.840.10008.1.2.1"
 NOW = datetime(2026, 11, 1, 8, 0, tzinfo=UTC)
+CHINA = ZoneInfo("Asia/Shanghai")
 
 
 def hanzi(first_row, last_row):
@@ -145,15 +150,34 @@ def test_any_label_and_any_bytes_give_some_reading_without_control_characters(de
 
 
 def test_labels_are_known_however_they_are_spelled():
-    for label in ("ISO_IR 192", "ISO IR 192", "iso-ir-192", "UTF-8", "ISO_IR 192 "):
-        assert declared_codec(label) == "utf_8"
-    assert declared_codec("GB2312") == "gb18030"
-    assert declared_codec("") is None
+    for label in ("ISO_IR 192", "ISO IR 192", "iso-ir-192", "IR 192", "UTF-8", "ISO_IR 192 "):
+        assert declared_codec([label]) == "utf_8"
+    assert declared_codec(["GB2312"]) == declared_codec(["ISO 2022 58"]) == "gb18030"
+    assert declared_codec(["", "ISO 2022 IR 58"]) == declared_codec(["ISO 2022 IR 6", "GBK"]) == "gb18030"
+    assert declared_codec([""]) is declared_codec([]) is declared_codec(["ISO 2022"]) is None
 
 
-def identity_of(data_set, transfer_syntax_uid=EXPLICIT):
-    data = encode(data_set, transfer_syntax_uid)
-    return identify(data, transfer_syntax_uid, calling_ae_title="CT1", called_ae_title="YUANZHEN", received_at=NOW)
+@pytest.mark.parametrize(
+    ("codec", "value", "text"),
+    [
+        # PS3.5 6.1.2.5.3: after a delimiter the first character set is active again.
+        ("latin_1", b"\x1b$)C\xb1\xe8^M\xfcller", "김^Müller"),
+        ("latin_1", b"\x1b$)A\xcd\xf5\\\xe9", "王\\é"),
+        # In ASCII a byte above 127 means nothing: the sender forgot to repeat the sequence.
+        ("ascii", b"\x1b$)C\xb1\xe8^\xb1\xe8", "김^김"),
+        ("ascii", b"Wang=\x1b$)A\xcd\xf5^\xd0\xa1\xb6\xab", "Wang=王^小东"),
+        ("ascii", b"M\xfcller", "Müller"),
+        ("utf_8", b"\x1b[31mred", "[31mred"),  # no sequence of DICOM's
+        ("shift_jis", b"\xd4\xcf\xc0\xde^\xc0\xdb\xb3=\x1b$B;3ED\x1b(J^\x1b$BB@O:\x1b(J", "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎"),
+    ],
+)
+def test_escape_sequences_hold_as_far_as_the_standard_or_else_the_sender_meant(codec, value, text):
+    assert decode(value, codec) == text
+
+
+def identity_of(data_set, zone=CHINA):
+    titles = {"calling_ae_title": "CT1", "called_ae_title": "YUANZHEN"}
+    return identify(encode(data_set, EXPLICIT), EXPLICIT, received_at=NOW, zone=zone, **titles)
 
 
 def test_facts_are_read_and_decoded():
@@ -178,6 +202,44 @@ def test_facts_are_read_and_decoded():
     assert (study.specific_character_set, study.repaired_character_set) == ("GB18030", "")
     assert study.acquired_at == datetime(2026, 11, 1, 8, 1, 2, 500_000, tzinfo=UTC)
     assert (study.first_received_at, study.calling_ae_title) == (NOW, "CT1")
+
+
+def acquired_at(zone=CHINA, **elements):
+    data_set = sample()
+    for keyword in ("AcquisitionDateTime", "AcquisitionDate", "ContentDate", "TimezoneOffsetFromUTC"):
+        if keyword in data_set:
+            delattr(data_set, keyword)
+    data_set.StudyDate, data_set.StudyTime = "20261101", "160102.5"
+    for keyword, value in elements.items():
+        setattr(data_set, keyword, value)
+    return identity_of(data_set, zone).study.acquired_at
+
+
+@pytest.mark.parametrize("machine", ["UTC", "America/New_York", "Asia/Shanghai"])
+def test_a_time_without_a_zone_is_in_the_gateways_setting_whatever_the_machine_is_set_to(machine, monkeypatch):
+    monkeypatch.setenv("TZ", machine)
+    time.tzset()
+    try:
+        expected = datetime(2026, 11, 1, 8, 1, 2, 500_000, tzinfo=UTC)
+        assert acquired_at() == expected
+        assert acquired_at(ZoneInfo("Asia/Urumqi")) == expected + timedelta(hours=2)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_an_offset_in_the_data_set_wins_over_the_setting_and_one_in_the_value_over_both():
+    assert acquired_at(TimezoneOffsetFromUTC="+0600") == datetime(2026, 11, 1, 10, 1, 2, 500_000, tzinfo=UTC)
+    assert acquired_at(TimezoneOffsetFromUTC="-0330") == datetime(2026, 11, 1, 19, 31, 2, 500_000, tzinfo=UTC)
+    assert acquired_at(TimezoneOffsetFromUTC="China") == datetime(2026, 11, 1, 8, 1, 2, 500_000, tzinfo=UTC)
+    both = acquired_at(TimezoneOffsetFromUTC="+0600", AcquisitionDateTime="20261101160102+0900")
+    assert both == datetime(2026, 11, 1, 7, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("name", ["Asia/Nowhere", "", "Asia", "../etc/passwd"])
+def test_a_time_zone_that_does_not_exist_is_refused_by_name(tmp_path, name):
+    with pytest.raises(ValidationError, match=f"there is no time zone '{name}'"):
+        settings_for(tmp_path / "spool", timezone=name)
 
 
 def test_a_study_without_a_patient_name_is_fine():
@@ -213,10 +275,10 @@ def test_every_file_of_pydicom_has_an_identity_or_a_named_reason(path):
     transfer_syntax_uid, data = data_set_of(path)
     with warnings.catch_warnings(), contextlib.suppress(MalformedDataSetError):
         find_pixel_data(data, transfer_syntax_uid)
-        identify(data, transfer_syntax_uid, calling_ae_title="", called_ae_title="", received_at=NOW)
+        identify(data, transfer_syntax_uid, calling_ae_title="", called_ae_title="", received_at=NOW, zone=CHINA)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32))
 def test_mutated_headers_have_an_identity_or_a_named_reason(seed):
     dice = random.Random(seed)
@@ -224,7 +286,7 @@ def test_mutated_headers_have_an_identity_or_a_named_reason(seed):
     for _ in range(dice.choice([1, 5, 30])):
         mutant[dice.randrange(len(mutant))] = dice.randrange(256)
     with contextlib.suppress(MalformedDataSetError):
-        identify(bytes(mutant), EXPLICIT, calling_ae_title="", called_ae_title="", received_at=NOW)
+        identify(bytes(mutant), EXPLICIT, calling_ae_title="", called_ae_title="", received_at=NOW, zone=CHINA)
 
 
 MUTABLE = encode(sample())[:2500]

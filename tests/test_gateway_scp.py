@@ -1,5 +1,6 @@
 """The gateway's DICOM services against real peers: DCMTK, Orthanc, pynetdicom as SCU, and what is no DICOM at all."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 from pydicom.filereader import dcmread
 from pydicom.uid import UID_dictionary, generate_uid
 from pynetdicom import AE, build_context
+from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.sop_class import CTImageStorage, Verification
 
 from dicom_gateway.scp import StorageScp
@@ -325,6 +328,100 @@ def test_more_associations_than_allowed_are_rejected_for_now(tmp_path):
         assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 2)  # local limit, transient
 
 
+def test_idle_connections_keep_no_modality_out(tmp_path):
+    with listening(tmp_path, maximum_associations=2, acse_timeout_s=60.0) as gateway, contextlib.ExitStack() as idle:
+        connections = [
+            idle.enter_context(socket.create_connection(("127.0.0.1", gateway.port), timeout=30)) for _ in range(40)
+        ]
+        with association(gateway.port, build_context(Verification)) as made:
+            assert made.send_c_echo().Status == 0x0000
+        assert connections[0].recv(1) == b""  # the oldest went
+        until(lambda: len(gateway.scp._server.active_associations) <= 4, "no more than four wait")
+
+
+def test_a_peer_that_hangs_up_before_it_asks_leaves_nothing_behind(tmp_path):
+    with listening(tmp_path, acse_timeout_s=60.0) as gateway:
+        for _ in range(5):
+            socket.create_connection(("127.0.0.1", gateway.port), timeout=30).close()
+        until(lambda: gateway.scp.counts["connections"] == 5, "all seen")
+        until(lambda: not gateway.scp._server.active_associations, "all gone", timeout_s=20.0)
+
+
+def send_fragments(made, data_set, sizes, last):
+    """A C-STORE-RQ and fragments of a data set of these sizes."""
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = CTImageStorage, data_set.SOPInstanceUID
+    request.DataSet = BytesIO(b"-")
+    made._reactor_checkpoint.clear()
+    until(lambda: made._is_paused, "reactor paused")
+    message = C_STORE_RQ()
+    message.primitive_to_message(request)
+    context_id = made.accepted_contexts[0].context_id
+    command, _ = message.encode_msg(context_id, 0)
+    made.dul.send_pdu(command)
+    for number, size in enumerate(sizes, start=1):
+        fragment = P_DATA()
+        header = b"\x02" if last and number == len(sizes) else b"\x00"
+        fragment.presentation_data_value_list = [[context_id, header + bytes(size)]]
+        made.dul.send_pdu(fragment)
+
+
+def test_a_data_set_that_does_not_fit_into_memory_is_answered_a700_and_the_next_is_stored(tmp_path):
+    with listening(tmp_path, receive_memory_bytes=400_000) as gateway:
+        with association(gateway.port, build_context(CTImageStorage, "1.2.840.10008.1.2.1")) as made:
+            send_fragments(made, renamed(sample()), [50_000] * 6, last=True)  # one may have half of it
+            _, answer = made.dimse.get_msg(block=True)
+            made._reactor_checkpoint.set()
+            assert (answer.Status, answer.ErrorComment) == (0xA700, "No memory for a data set of this size now")
+            assert made.send_c_store(renamed(sample())).Status == 0x0000
+        until(lambda: gateway.scp._inflow.free_bytes == 400_000, "all given back")
+
+
+def test_fragments_that_never_end_hold_a_bounded_memory_until_their_peer_is_gone(tmp_path):
+    with listening(tmp_path, receive_memory_bytes=400_000) as gateway, contextlib.ExitStack() as open_ones:
+        context = build_context(CTImageStorage, "1.2.840.10008.1.2.1")
+        made = [open_ones.enter_context(association(gateway.port, context)) for _ in range(2)]
+        for one in made:
+            send_fragments(one, renamed(sample()), [50_000] * 4, last=False)
+        until(lambda: gateway.scp._inflow.free_bytes == 0, "all taken")
+        data_set = renamed(sample())
+        assert send_raw(gateway.port, encode(data_set), data_set).Status == 0xA700
+        for one in made:
+            one.abort()
+        until(lambda: gateway.scp._inflow.free_bytes == 400_000, "all given back")
+        assert send_raw(gateway.port, encode(data_set), data_set).Status == 0x0000
+
+
+def test_a_command_that_never_ends_is_cut_off(gateway):
+    with association(gateway.port, build_context(CTImageStorage)) as made:
+        for _ in range(5):
+            fragment = P_DATA()
+            fragment.presentation_data_value_list = [[made.accepted_contexts[0].context_id, b"\x01" + bytes(16_000)]]
+            made.dul.send_pdu(fragment)
+        until(lambda: made.is_aborted, "aborted")
+    assert gateway.scp.counts["not_dicom"] == 1
+
+
+def test_an_empty_data_set_is_refused_with_a_comment(gateway):
+    data_set = renamed(sample())
+    with association(gateway.port, build_context(CTImageStorage, "1.2.840.10008.1.2.1")) as made:
+        send_fragments(made, data_set, [0], last=True)
+        _, answer = made.dimse.get_msg(block=True)
+        made._reactor_checkpoint.set()
+    assert (answer.Status, answer.ErrorComment) == (0xC000, "StudyInstanceUID is missing")
+
+
+def test_what_the_gateway_keeps_is_for_its_own_account_only(tmp_path):
+    (tmp_path / "spool").mkdir(mode=0o755)
+    with gateway_process(tmp_path / "spool", "https://127.0.0.1:1") as gateway:
+        gateway.ready()
+        data_set = renamed(sample())
+        assert send_raw(gateway.port, encode(data_set), data_set).Status == 0x0000
+        modes = {path.stat().st_mode & 0o077 for path in [tmp_path / "spool", *(tmp_path / "spool").rglob("*")]}
+        assert modes == {0}
+
+
 def test_a_peer_that_connects_and_says_nothing_is_let_go(gateway):
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as connection:
         assert connection.recv(4096) == b""
@@ -355,13 +452,15 @@ def test_a_sync_of_file_directory_and_database_precedes_the_response(tmp_path):
         assert send_raw(gateway.port, encode(data_set), data_set).Status == 0x0000
         gateway.terminate()
     lines = trace.read_text().splitlines()[before:]
-    renamed_at = next(i for i, line in enumerate(lines) if "rename(" in line and "/objects/" in line)
+    names_given = [i for i, line in enumerate(lines) if "rename(" in line and "/objects/" in line]
+    assert len(names_given) == 2 and ".json" in lines[names_given[0]], "facts have their name before the bytes"
+    renamed_at = names_given[1]
     file_synced = [i for i, line in enumerate(lines) if "sync(" in line and "/incoming/" in line]
     directory_synced = [i for i, line in enumerate(lines) if "sync(" in line and "/objects/" in line]
     database_synced = [i for i, line in enumerate(lines) if "sync(" in line and "spool.db-wal" in line]
     # The response is the last P-DATA-TF (type 04) sent: the first bytes of the PDU show in the trace.
     responses = [i for i, line in enumerate(lines) if "sendto(" in line and '"\\4\\0' in line]
     assert responses, lines[-20:]
-    assert any(i < renamed_at for i in file_synced), "file synced before it is renamed"
+    assert sum(i < names_given[0] for i in file_synced) == 2, "facts and bytes synced before they are renamed"
     assert any(renamed_at < i < responses[0] for i in directory_synced), "directory synced after the rename"
     assert any(max(renamed_at, directory_synced[0]) < i < responses[0] for i in database_synced), "row synced last"

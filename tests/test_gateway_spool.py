@@ -14,12 +14,16 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from pydantic import ValidationError
 
+from dicom_gateway.enrol import StoreOutcome
 from dicom_gateway.intake import Arrival, DataSetMismatchError, receive
 from dicom_gateway.ledger import Ledger, LedgerClosedError
-from dicom_gateway.spool import Spool, StoreOutcome
+from dicom_gateway.spool import Spool
 from dicom_gateway.sweep import sweep
-from storage.errors import ConfigurationError, OutOfSpaceError
+from storage import wire
+from storage.errors import ConfigurationError, MalformedDataSetError, OutOfSpaceError
+from storage.wire import StudyFacts
 from tests.gateway_kit import ROOT, encode, renamed, sample, settings_for
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -46,6 +50,9 @@ def kept(spool):
     """Digests of all files under objects/, each checked against its name."""
     found = set()
     for path in spool.objects.glob("*/*"):
+        if path.suffix == ".json":
+            assert path.with_suffix("").exists()
+            continue
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
         found.add(path.name)
     return found
@@ -101,8 +108,44 @@ def test_two_patients_under_one_study_uid_are_two_studies(spool):
     second.PatientID = "ANOTHER"
     receive(spool, arrival(first))
     receive(spool, arrival(second))
-    rows = spool.ledger.rows("SELECT patient_id FROM study WHERE study_instance_uid = '1.2.3'")
-    assert {row["patient_id"] for row in rows} == {first.PatientID, "ANOTHER"}
+    rows = spool.ledger.rows("SELECT facts FROM study WHERE study_instance_uid = '1.2.3'")
+    assert {StudyFacts.model_validate_json(row["facts"]).patient_id for row in rows} == {first.PatientID, "ANOTHER"}
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "studies"),
+    [
+        ({"PatientID": "", "PatientName": "Wang^Wu"}, {"PatientID": "", "PatientName": "Li^Si"}, 2),
+        ({"PatientID": "", "PatientName": "Wang^Wu"}, {"PatientID": "", "PatientName": "WANG Wu"}, 1),
+        ({"PatientID": "000000", "PatientName": "Wang^Wu"}, {"PatientID": "000000", "PatientName": "Li^Si"}, 2),
+        ({"PatientID": "P1", "PatientName": "Wang^Wu"}, {"PatientID": "P1", "PatientName": "王^五"}, 1),
+        ({"PatientID": "P1", "PatientBirthDate": "19700101"}, {"PatientID": "P1", "PatientBirthDate": "19700102"}, 2),
+        ({"PatientID": "P1", "PatientBirthDate": "19700101"}, {"PatientID": "P1", "PatientBirthDate": ""}, 1),
+        ({"PatientID": "P1", "PatientSex": "M"}, {"PatientID": "P1", "PatientSex": "F"}, 2),
+        ({"PatientID": "P1", "PatientSex": "M"}, {"PatientID": "P1", "PatientSex": "O"}, 1),
+    ],
+)
+def test_a_study_is_one_patients_by_more_than_the_patient_id(spool, first, other, studies):
+    one = renamed(sample())
+    for number, values in enumerate((first, other)):
+        data_set = one if not number else renamed(sample(), study=str(one.StudyInstanceUID))
+        data_set.SpecificCharacterSet = "ISO_IR 192"
+        for keyword, value in values.items():
+            setattr(data_set, keyword, value)
+        receive(spool, arrival(data_set))
+    assert len(spool.ledger.rows("SELECT id FROM study")) == studies
+
+
+@pytest.mark.parametrize("uid", [b"..", b".", b"1.2.", b".1", b"1..2"])
+def test_a_uid_that_is_none_is_refused(spool, uid):
+    data_set = renamed(sample())
+    good = arrival(data_set)
+    study = str(data_set.StudyInstanceUID).encode()
+    data = good.data.replace(study, uid + b"\0" * (len(study) - len(uid)))
+    with pytest.raises(MalformedDataSetError, match="StudyInstanceUID is empty or is no UID"):
+        receive(spool, replace(good, data=data))
+    with pytest.raises(ValidationError):
+        wire.Commit(study_instance_uid=uid.decode(), pack_id="0")
 
 
 def test_a_data_set_of_another_instance_than_announced_is_refused(spool):
@@ -210,7 +253,7 @@ def test_a_database_that_cannot_grow_is_out_of_space_and_recovers(tmp_path):
     assert int(ran.stdout) > 2
 
 
-def test_a_sweep_removes_what_nobody_was_promised_and_tells_what_is_lost(tmp_path):
+def test_a_sweep_sets_aside_what_has_no_facts_and_tells_what_is_lost(tmp_path):
     settings = settings_for(tmp_path / "spool")
     spool = Spool(settings)
     first, second = arrival(sample()), arrival(renamed(sample()))
@@ -227,12 +270,34 @@ def test_a_sweep_removes_what_nobody_was_promised_and_tells_what_is_lost(tmp_pat
     try:
         assert not orphan.exists() and not list(spool.incoming.iterdir())
         assert kept(spool) == {hashlib.sha256(first.data).hexdigest()}
-        row = spool.ledger.row("SELECT * FROM quarantine WHERE resolved_at IS NULL")
-        assert (row["kind"], row["subject"]) == ("damaged", second.sop_instance_uid)
+        rows = spool.ledger.rows("SELECT * FROM quarantine WHERE resolved_at IS NULL")
+        assert [(row["kind"], row["subject"]) for row in rows] == [
+            ("orphan", orphan.name),
+            ("damaged", second.sop_instance_uid),
+        ]
+        assert (spool.orphans / orphan.name).read_bytes() == b"orphan"
         # The sender sends it again: whole, and nobody has to look any more.
         assert receive(spool, second) is StoreOutcome.ALREADY_STORED
         assert lost.read_bytes() == second.data
-        assert spool.ledger.row("SELECT * FROM quarantine WHERE resolved_at IS NULL") is None
+        assert not spool.ledger.rows("SELECT * FROM quarantine WHERE resolved_at IS NULL AND kind = 'damaged'")
+    finally:
+        spool.close()
+
+
+def test_of_refused_bytes_the_oldest_go_and_their_rows_stay(tmp_path):
+    spool = Spool(settings_for(tmp_path / "spool", refused_keep_bytes=250))
+    try:
+        for number in range(4):
+            data = bytes([number]) * 100
+            digest = hashlib.sha256(data).hexdigest()
+            assert spool.keep_refused(data, digest, subject=str(number), reason="why", calling_ae_title="CT1")
+        assert not spool.keep_refused(bytes(300), "0" * 64, subject="large", reason="why", calling_ae_title="CT1")
+        rows = spool.ledger.rows("SELECT subject, sha256 FROM quarantine ORDER BY id")
+        assert [(row["subject"], row["sha256"] is not None) for row in rows] == [
+            ("0", False), ("1", False), ("2", True), ("3", True), ("large", False),
+        ]  # fmt: skip
+        here = {path.name for path in spool.refused.iterdir() if path.is_file()}
+        assert here == {row["sha256"] for row in rows if row["sha256"]}
     finally:
         spool.close()
 
@@ -242,16 +307,112 @@ def test_a_second_gateway_on_the_same_spool_is_refused(spool):
         Spool(settings_for(spool.directory))
 
 
-def test_objects_without_their_database_are_not_swept_away(tmp_path):
-    settings = settings_for(tmp_path / "spool")
+def acknowledged(settings, count):
+    """Arrivals answered with Success, in a spool that is closed again."""
     spool = Spool(settings)
-    receive(spool, arrival(sample()))
+    sweep(spool)
+    arrivals = [arrival(renamed(sample())) for _ in range(count)]
+    for one in arrivals:
+        receive(spool, one)
     spool.close()
-    for path in spool.directory.glob("spool.db*"):
+    return arrivals
+
+
+def lose_rows(spool_dir):
+    for path in spool_dir.glob("spool.db*"):
         path.unlink()
-    with pytest.raises(ConfigurationError, match=r"spool\.db is gone"):
-        Spool(settings)
-    assert len(kept(spool)) == 1
+
+
+def empty_rows(spool_dir):
+    (spool_dir / "spool.db").write_bytes(b"")
+
+
+def damage_the_log(spool_dir):
+    """A copy of the files as a crash leaves them, with a write-ahead log that is not readable."""
+    lose_rows(spool_dir)
+    Ledger(spool_dir / "spool.db").close()
+    (spool_dir / "spool.db-wal").write_bytes(b"not a log" * 500)
+
+
+@pytest.mark.parametrize("lose", [lose_rows, empty_rows, damage_the_log])
+def test_a_lost_database_is_built_again_from_the_files(tmp_path, lose):
+    settings = settings_for(tmp_path / "spool")
+    arrivals = acknowledged(settings, 3)
+    before = Spool(settings)
+    everything = (
+        "SELECT sop_instance_uid, sha256, series_instance_uid, size_bytes, facts, variant, received_at_s FROM instance"
+        " ORDER BY id"
+    )
+    instances = [tuple(row) for row in before.ledger.rows(everything)]
+    studies = [tuple(row) for row in before.ledger.rows("SELECT * FROM study ORDER BY id")]
+    before.close()
+    lose(settings.spool_dir)
+    spool = Spool(settings)
+    sweep(spool)
+    try:
+        assert kept(spool) == {hashlib.sha256(one.data).hexdigest() for one in arrivals}
+        assert [tuple(row) for row in spool.ledger.rows(everything)] == instances
+        assert [tuple(row) for row in spool.ledger.rows("SELECT * FROM study ORDER BY id")] == studies
+        assert spool.backlog().instances == 3 and spool.arrived.is_set() is False
+        assert receive(spool, arrivals[0]) is StoreOutcome.ALREADY_STORED
+    finally:
+        spool.close()
+
+
+def test_what_an_older_database_does_not_know_is_enrolled_again(tmp_path):
+    settings = settings_for(tmp_path / "spool")
+    first = acknowledged(settings, 2)
+    shutil.copy(settings.spool_dir / "spool.db", tmp_path / "copy.db")
+    second = acknowledged(settings, 2)
+    shutil.copy(tmp_path / "copy.db", settings.spool_dir / "spool.db")
+    spool = Spool(settings)
+    sweep(spool)
+    try:
+        expected = {hashlib.sha256(one.data).hexdigest() for one in first + second}
+        assert kept(spool) == expected
+        assert {row["sha256"] for row in spool.ledger.rows("SELECT sha256 FROM instance")} == expected
+    finally:
+        spool.close()
+
+
+def test_facts_that_are_missing_beside_an_object_are_written_from_its_row(tmp_path):
+    settings = settings_for(tmp_path / "spool")
+    (one,) = acknowledged(settings, 1)
+    (facts,) = (settings.spool_dir / "objects").glob("*/*.json")
+    content = facts.read_bytes()
+    facts.unlink()
+    (facts.parent / ("f" * 64 + ".json")).write_bytes(content)  # facts without an object mean nothing
+    spool = Spool(settings)
+    sweep(spool)
+    spool.close()
+    assert [path.read_bytes() for path in (settings.spool_dir / "objects").glob("*/*.json")] == [content]
+    lose_rows(settings.spool_dir)
+    spool = Spool(settings)
+    sweep(spool)
+    try:
+        assert spool.ledger.row("SELECT sop_instance_uid FROM instance")[0] == one.sop_instance_uid
+    finally:
+        spool.close()
+
+
+def test_what_was_freed_does_not_come_back(tmp_path):
+    settings = settings_for(tmp_path / "spool", keep_days=0)
+    (one,) = acknowledged(settings, 1)
+    path = next(path for path in (settings.spool_dir / "objects").glob("*/*") if not path.suffix)
+    spool = Spool(settings)
+    at = datetime.now(UTC) - timedelta(days=1)
+    spool.ledger.execute("UPDATE instance SET archived_at = ?, archived_at_s = ?", at.isoformat(), at.timestamp())
+    assert spool.free_kept() == 1
+    assert not path.exists() and not list(path.parent.iterdir())
+    path.write_bytes(one.data)  # a crash between the row and the file
+    spool.close()
+    spool = Spool(settings)
+    sweep(spool)
+    try:
+        assert not path.exists() and spool.ledger.row("SELECT count(*) FROM instance")[0] == 1
+        assert not spool.ledger.rows("SELECT * FROM quarantine")
+    finally:
+        spool.close()
 
 
 def test_a_damaged_database_stops_the_start_and_says_so(tmp_path):

@@ -171,6 +171,25 @@ def test_a_refused_study_does_not_stop_the_others(tmp_path, centre):
         until(lambda: gateway.spool.backlog().instances == 1, "the second study receipted")
 
 
+def test_packs_that_the_centre_fails_on_do_not_stop_the_others(tmp_path, centre):
+    with running(tmp_path, centre, start=False, refused_retry_s=3600.0) as gateway:
+        bad = {uid for _ in range(3 * gateway.settings.uplink_threads) for uid, _ in gateway.send(1)}
+        centre.failing = bad
+        gateway.uplink.start()
+        until(lambda: any(one.instances[0].sop_instance_uid in bad for one in centre.offers), "the first failure")
+        good = gateway.send(5)
+        until(lambda: set(good) <= set(centre.archive), "the others")
+        until(lambda: len(gateway.quarantine()) == len(bad), "a person is told of each")
+        assert {(row["kind"], row["reason"]) for row in gateway.quarantine()} == {
+            ("refused_by_centre", "The centre answered 500")
+        }
+        assert gateway.spool.backlog().instances == len(bad)
+        centre.failing = set()
+        gateway.uplink.retry_now()
+        until(gateway.all_archived, "archived after the centre was repaired")
+        assert not gateway.quarantine()
+
+
 def test_a_long_outage_loses_nothing_and_ends_by_itself(gateway, centre):
     for endpoint in ("offer", "put", "commit", "inventory"):
         centre.always[endpoint] = "cut"

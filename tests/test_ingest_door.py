@@ -3,6 +3,7 @@
 Not here: what an admitted gateway may send (test_ingest_way_up.py).
 """
 
+import json
 import socket
 import ssl
 from collections.abc import Iterator
@@ -199,3 +200,19 @@ def test_a_pack_id_cannot_stand_for_other_bytes_once_receipted(county: Peer, tmp
     problem(county.post("offer", other.offer()), 409)
     elsewhere = pack(tmp_path, facts_of("9.9"), [image("9.9.1", study="9.9")], pack_id=packed.plan.pack_id)
     problem(county.post("offer", elsewhere.offer()), 409)
+
+
+def test_what_is_no_http_is_logged_as_one_json_line_like_everything_else(ingest: Ingest) -> None:
+    own = issue_gateway(ingest.pki, "a")
+    context = ssl.create_default_context(cafile=str(ingest.pki.site_ca))
+    context.load_cert_chain(own.certificate, own.key)
+    begin = ingest.log.stat().st_size
+    with (
+        socket.create_connection(("127.0.0.1", ingest.port)) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(b"Zhang^San\r\n\r\n")
+        while connection.recv(4096):
+            pass
+    lines = [json.loads(line) for line in ingest.log.read_bytes()[begin:].splitlines()]
+    assert ("library.said", "uvicorn.error") in [(line["action"], line.get("logger")) for line in lines]

@@ -27,6 +27,7 @@ __all__ = ["ingest", "ingest_server"]
 def send(port: int, files: list[Path]) -> None:
     """C-STORE each file, in its own transfer syntax."""
     association = AE("CT1")
+    association.dimse_timeout = association.network_timeout = 120  # a busy machine is no failure
     sets = [dcmread(path) for path in files]
     contexts = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in sets}
     linked = association.associate(

@@ -11,6 +11,8 @@ import sqlalchemy as sa
 
 from storage import archive, receipts, transitions
 from storage.database import Database
+from storage.dicomweb import library, queries
+from storage.errors import PermanentError
 from storage.objects import Objects
 from storage.packs import index_of
 from storage.rows import Case, Event, Instance, Job, Pack, Series, Study, Upload
@@ -117,7 +119,7 @@ def test_other_bytes_than_announced_are_rejected_with_an_event_and_may_be_offere
     answer = county.commit(packed)
     assert answer.status == "rejected" and "SHA-256" in answer.reason
     assert county.commit(packed).status == "rejected"
-    assert instances(database) == [] and list(objects.list("packs/county-a/1.2.3/" + packed.plan.pack_id)) == []
+    assert instances(database) == [] and list(objects.list("packs/county-a/1/" + packed.plan.pack_id)) == []
     again = county.offer(packed.offer()).puts[0]
     assert again.url.split("?")[0] != order.url.split("?")[0]
     county.put(again, packed.data)
@@ -222,6 +224,107 @@ def test_a_data_set_that_names_another_patient_than_its_offer_is_kept_and_the_st
     assert county.send(pack(tmp_path, facts_of(), [image("1.2.3.1.1", patient_id="P9")])).status == "receipted"
     study = studies(database)[0]
     assert study.state is StudyState.HELD and len(instances(database)) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"patient_id": "", "patient_name": "Wang^Wu"}, {"patient_id": "", "patient_name": "Li^Si"}),
+        (
+            {"patient_id": "000000", "patient_name": "Wang^Wu", "patient_birth_date": "19500101", "patient_sex": "M"},
+            {"patient_id": "000000", "patient_name": "Li^Si", "patient_birth_date": "19900101", "patient_sex": "F"},
+        ),
+        (
+            {"patient_id": "P1", "patient_birth_date": "19500101"},
+            {"patient_id": "P1", "patient_birth_date": "19900101"},
+        ),
+    ],
+)
+def test_two_patients_whose_id_is_the_same_or_empty_are_two_held_studies(
+    county: Peer, database: Database, tmp_path: Path, one: dict[str, str], other: dict[str, str]
+) -> None:
+    for number, patient in enumerate((one, other), start=1):
+        images = [image(f"1.2.3.1.{number}.{n}", fill=n, **patient) for n in range(number)]
+        assert county.send(pack(tmp_path, facts_of(**patient), images)).status == "receipted"
+        assert county.inventory(images, patient_id=patient["patient_id"]).complete
+    rows = studies(database)
+    assert [(row.state, row.instance_count) for row in rows] == [(StudyState.HELD, 1), (StudyState.HELD, 2)]
+    with database.centre() as session:
+        expected = session.scalars(sa.select(Study.expected_count).order_by(Study.id)).all()
+    assert expected == [1, 2], "each inventory belongs to the patient whose images it names"
+
+
+@pytest.mark.parametrize(
+    ("offered", "said"),
+    [
+        ({"patient_id": ""}, {"patient_id": "", "patient_name": "Li^Si"}),
+        ({"patient_birth_date": "19500101"}, {"patient_birth_date": "19900101"}),
+        ({"patient_sex": "M"}, {"patient_sex": "F"}),
+    ],
+)
+def test_a_data_set_of_another_person_than_its_offer_is_kept_and_the_study_held(
+    county: Peer, database: Database, tmp_path: Path, offered: dict[str, str], said: dict[str, str]
+) -> None:
+    county.send(pack(tmp_path, facts_of(**offered), [image("1.2.3.1.1", **said)]))
+    assert studies(database)[0].state is StudyState.HELD and len(instances(database)) == 1
+
+
+@pytest.mark.parametrize("patient_id", ["A\\B", "A \\ B", "A\\"])
+def test_a_patient_id_with_a_backslash_does_not_contradict_its_offer(
+    county: Peer, database: Database, tmp_path: Path, patient_id: str
+) -> None:
+    one = image("1.2.3.1.1", patient_id=patient_id)
+    county.send(pack(tmp_path, facts_of(patient_id=patient_id), [one]))
+    assert county.inventory([one], patient_id=patient_id).complete
+    assert studies(database)[0].state is StudyState.COMPLETE
+
+
+def test_images_sent_again_under_a_corrected_study_uid_are_seen_there_and_both_studies_say_so(
+    county: Peer, database: Database, tmp_path: Path
+) -> None:
+    for study in ("1.2.3", "1.2.4"):
+        images = [image(f"7.7.{n}", study=study, series="7.7", fill=n) for n in range(1, 4)]
+        county.send(pack(tmp_path, facts_of(study), images))
+        assert county.inventory(images, study=study).complete
+    rows = studies(database)
+    assert [(row.state, row.instance_count, row.series_count) for row in rows] == [(StudyState.COMPLETE, 3, 1)] * 2
+    assert [row.has_variants for row in rows] == [True, True]
+    assert names(database, rows[1].id).count("instance.variant") == 3
+    with database.centre() as session:
+        scope = library.Scope((rows[1].id,), "/x")
+        assert len(library.find_instances(session, scope, "1.2.4")) == 3
+        assert len(queries.run(session, scope, queries.Level.INSTANCE, queries.Query(), "1.2.4")) == 3
+        details = session.scalars(sa.select(Event.details).where(Event.name == "instance.variant")).first()
+    assert details == {"sop_instance_uid": "7.7.1", "is_variant": False, "other_studies": [rows[0].id]}
+
+
+def test_a_series_of_variants_alone_is_not_shown_as_an_empty_one(
+    county: Peer, database: Database, tmp_path: Path
+) -> None:
+    first, other = image("1.2.3.1.1", fill=1), image("1.2.3.1.1", series="1.2.3.2", fill=2)
+    county.send(pack(tmp_path, facts_of(), [first]))
+    county.send(pack(tmp_path, facts_of(), [other]))
+    study = studies(database)[0]
+    assert (study.instance_count, study.series_count, study.has_variants) == (1, 1, True)
+    with database.centre() as session:
+        answers = queries.run(session, library.Scope((study.id,), "/x"), queries.Level.SERIES, queries.Query(), "1.2.3")
+    assert [answer.series_instance_uid for answer in answers] == ["1.2.3.1"]
+
+
+def test_a_study_uid_that_a_store_takes_for_a_path_is_refused_and_no_key_is_made_of_one(
+    county: Peer, database: Database, objects: Objects, tmp_path: Path
+) -> None:
+    for uid in (".", "..", "1..2", ".1", "1."):
+        body = pack(tmp_path, facts_of(), [image("1.2.3.1.1")]).offer().model_dump(mode="json")
+        body["study"]["study_instance_uid"] = uid
+        assert county.http.post("/gateway/v1/offer", json=body).status_code == 422
+    county.send(pack(tmp_path, facts_of("1.02.3"), [image("1.2.3.1.1", study="1.02.3")]))
+    study = studies(database)[0]
+    assert study.study_instance_uid == "1.02.3" and study.state is StudyState.RECEIVING
+    with database.centre() as session:
+        assert session.scalars(sa.select(Pack.pack_key)).one().startswith(f"packs/county-a/{study.id}/")
+    with pytest.raises(PermanentError):
+        objects.put("packs/county-a/../x", b"x")
 
 
 def test_one_study_and_patient_id_from_two_hospitals_are_two_independent_studies(

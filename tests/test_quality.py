@@ -2,18 +2,21 @@
 
 import csv
 import io
+import re
 from datetime import UTC, datetime, timedelta
+from html import unescape
 
 import pytest
 import sqlalchemy as sa
 
+from reading_queue.event_words import _CHINESE, state_word
 from reading_queue.i18n import duration
 from reading_queue.quality import spreadsheet_safe
 from reading_queue.turnaround import Choice, figures, slowest, within_contract
 from storage.database import Database
 from storage.rows import Case, Study
 from storage.transitions import SYSTEM, note
-from storage.vocabulary import Priority, StudyState
+from storage.vocabulary import CaseState, Priority, ReportState, RunState, StudyState, TriageState, UploadState
 from tests.centre import Sites, add_case, add_study
 from tests.web import Web, signing_pki, web
 
@@ -171,10 +174,56 @@ def test_the_csv_is_complete_and_starts_no_formula(
     assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row.values())
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1", "＝1+1", "＋1", "－1", "＠x", " =1", "\u3000＝1"]
+)
 def test_what_could_start_a_formula_is_quoted(text: str) -> None:
     assert spreadsheet_safe(text) == f"'{text}"
     assert spreadsheet_safe("A1") == "A1"
+
+
+@pytest.mark.parametrize("modality", ["=1+CR", "c t", "\u202eCT", "';--", "\0"])
+def test_the_chip_of_any_modality_leads_to_its_figures(web: Web, modality: str) -> None:
+    with web.database.centre() as session:
+        study_id = add_study(session, web.sites.county, "1.1", modalities=(modality.replace("\0", "OT"),))
+        add_case(session, study_id)
+    officer = web.sign_in("quality")
+    html = officer.get("/quality?period=all").text
+    chips = re.findall(r'href="(/quality\?[^"]*modality=[^"]*)"', html)
+    assert chips and all(officer.get(unescape(chip)).status_code == 200 for chip in chips)
+    assert officer.client.get("/quality", params={"modality": modality}).status_code == 200
+    assert officer.client.get("/quality", params={"modality": "x" * 65}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [("zh", ["原因 已到期", "层级 2 → 1", "到期 2026-11-20 16:00:00 → 2026-11-20 15:30:00", "理由 急诊, AI 提示",
+             "没有模型", "待阅 → 已领取"]),
+     ("en", ["why come due", "tier 2 → 1", "due 2026-11-20 16:00:00 → 2026-11-20 15:30:00", "reasons stat, AI flag",
+             "no model", "queued → claimed"])],
+)  # fmt: skip
+def test_the_timeline_says_details_in_words_and_in_the_centres_time(web: Web, language: str, said: list[str]) -> None:
+    case_id = web.case("1.1")
+    web.sign_in("reader-a").claim(case_id)
+    details = {
+        "why": "ageing", "tier": [2, 1], "due_at": ["2026-11-20T08:00:00+00:00", "2026-11-20T07:30:00+00:00"],
+        "reasons": ["stat", "finding"], "reason": "没有模型 / no model", "unheard_of": "as it is", "empty": None,
+    }  # fmt: skip
+    with web.database.centre() as session:
+        study_id = web.row(case_id).study_id
+        note(session, study_id, "case.moved_earlier", subject="x", subject_id=1, actor=SYSTEM, details=details)
+    html = web.sign_in("quality", language).get(f"/quality/studies/{study_id}").text
+    words = " ".join(re.sub(r"<[^>]*>", " ", html).split())
+    for one in [*said, "unheard of as it is"]:
+        assert one in words, one
+    assert "+00:00" not in words and "[&#39;" not in words and "None" not in words and "moved_earlier" not in words
+    assert ("没有模型" in words) != ("no model" in words)
+
+
+def test_every_state_has_a_word() -> None:
+    for kind in (StudyState, CaseState, ReportState, UploadState, TriageState, RunState):
+        for state in kind:
+            assert _CHINESE.search(state_word(state.value, "zh")), state
 
 
 def test_the_timeline_names_every_event_and_verifies_the_chain(web: Web) -> None:
@@ -214,3 +263,20 @@ def test_a_case_without_a_contract_in_time_is_a_broken_promise(web: Web, databas
 )  # fmt: skip
 def test_lengths_of_time_are_written_short(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_images_after_the_signature_do_not_mend_a_broken_promise(web: Web, database: Database, owner_url: str) -> None:
+    study_id = add_history(database, owner_url, web.sites.county, "1.1", (1, 2, 3, 4, 61, 62, 63, 64))
+    promised = {"contract_due_at": (START + timedelta(minutes=60)).isoformat()}
+    renewed = {"contract_due_at": (START + timedelta(days=2)).isoformat()}
+    with database.centre() as session:
+        note(session, study_id, "case.renewed", subject="study", subject_id=study_id, actor=SYSTEM, details=renewed)
+        session.execute(sa.update(Case).values(contract_due_at=START + timedelta(days=2)))
+    engine = sa.create_engine(owner_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("SET LOCAL app.site = 'all'"))
+        statement = sa.text("UPDATE event SET details = :promised WHERE name = 'case.queued'")
+        connection.execute(statement.bindparams(sa.bindparam("promised", promised, sa.JSON)))
+    engine.dispose()
+    with database.centre() as session:
+        assert within_contract(session, EVER) == (0, 1)

@@ -181,6 +181,17 @@ def test_nothing_known_of_the_patient_is_said_and_not_left_blank(fonts_dir: Path
     assert text_of(render_pdf(nameless, fonts_dir), tmp_path).count("未提供") >= 5
 
 
+def test_a_corrected_report_says_which_version_it_replaces_and_a_first_one_nothing(
+    fonts_dir: Path, tmp_path: Path
+) -> None:
+    first = text_of(render_pdf(content(), fonts_dir), tmp_path)
+    assert "更正报告" not in first and "Corrected" not in first
+    second = content(version=2, replaces_version=1, findings="右肺下叶见结节影，边界清。\n" * 60)
+    text = text_of(render_pdf(second, fonts_dir), tmp_path)
+    assert squeezed(text).count("更正报告，替代第1版") == 2  # on every page
+    assert "Corrected report, replaces version 1" in text
+
+
 def test_a_report_without_fonts_is_a_named_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="No report fonts"):
         render_pdf(content(), tmp_path)

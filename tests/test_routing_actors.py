@@ -132,6 +132,7 @@ def test_a_complete_study_gets_a_case_with_rule_reasons_and_due_time(county: Cou
     (event,) = county.events("case.queued")
     assert event.details["rule"] == case.rule_name == "ct-mr"
     assert event.details["rules_version"] == case.rules_version
+    assert event.details["contract_due_at"] == case.contract_due_at.isoformat()
 
 
 def test_an_ecg_waits_for_a_model_without_being_held(county: County) -> None:
@@ -219,6 +220,8 @@ def test_images_after_the_signature_reopen_the_case_with_a_clock_of_its_own(coun
     case = county.route()
     assert (case.state, case.new_images) == (CaseState.QUEUED, True)
     assert case.due_at > first.due_at + timedelta(days=1)
+    promises = [event.details["contract_due_at"] for event in county.events("case.queued")]
+    assert promises == [first.contract_due_at.isoformat()]  # the first promise stays on record
 
 
 def test_a_case_reopened_at_the_door_gets_its_own_clock_too(county: County) -> None:

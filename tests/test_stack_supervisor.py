@@ -117,6 +117,12 @@ def test_a_killed_supervisor_leaves_no_process_and_the_next_start_works(var: Pat
     assert all(answers(var, service) for service in _SERVICES)
 
 
+def test_logs_and_objects_are_readable_by_their_owner_only(var: Path) -> None:
+    """By their folder (SeaweedFS sets the modes of its files itself), and the logs by their own mode too."""
+    closed = [var / "log", var / "s3", *(var / "log" / f"{service}.log" for service in _SERVICES)]
+    assert not [path for path in closed if path.stat().st_mode & 0o077]
+
+
 def test_secrets_are_readable_by_their_owner_only(var: Path) -> None:
     for name in (
         "secrets.env",

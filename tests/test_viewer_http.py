@@ -162,11 +162,14 @@ def test_a_case_that_cannot_be_is_not_found(case: str, web: Web) -> None:
             assert client.get(path).status_code == 404
 
 
-def test_a_viewer_that_is_not_set_up_says_what_to_do(web: Web, ct: Opened, tmp_path: Path) -> None:
+def test_a_viewer_that_is_not_set_up_says_so_to_the_reader_and_what_to_do_in_the_log(
+    web: Web, ct: Opened, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for path in (tmp_path / "assets" / "ohif").rglob("*"):
         path.unlink() if path.is_file() else None
     viewer._entry_points.cache_clear()
     with web.client("reader-a") as client:
         answer = client.get(ct.page)
     assert answer.status_code == 500
-    assert "make assets" in answer.json()["detail"]
+    assert "请告诉管理员" in answer.json()["detail"] and "make assets" not in answer.text
+    assert "make assets" in "".join(capfd.readouterr())

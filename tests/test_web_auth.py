@@ -98,6 +98,24 @@ def test_signing_out_ends_the_session_for_good(web: Web) -> None:
         assert client.get("/session", headers={"Accept": "application/json"}).status_code == 401
 
 
+def test_signing_in_as_somebody_else_ends_the_session_that_the_browser_had(web: Web) -> None:
+    reader = web.sign_in("reader-a")
+    token = reader.client.cookies["yuanzhen_session"]
+    answer = reader.client.post("/sign-in", data={"username": "reader-a2", "password": PASSWORD})
+    assert answer.status_code == 303
+    assert reader.client.get("/session").json()["account_id"] == web.accounts["reader-a2"]
+    with web.anonymous() as client:
+        client.cookies.set("yuanzhen_session", token)
+        assert client.get("/session", headers={"Accept": "application/json"}).status_code == 401
+    assert [event.subject_id for event in web.events("user.signed_out")] == [web.accounts["reader-a"]]
+
+
+def test_a_wrong_password_leaves_the_session_that_the_browser_has(web: Web) -> None:
+    reader = web.sign_in("reader-a")
+    assert reader.client.post("/sign-in", data={"username": "reader-a2", "password": "guess"}).status_code == 401
+    assert reader.client.get("/session").json()["account_id"] == web.accounts["reader-a"]
+
+
 def test_a_session_ends_with_its_time(web: Web) -> None:
     reader = web.sign_in("reader-a")
     with web.database.centre() as session:

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
 
-from storage.rows import Case, Gateway, Report, Series, Study, WebSession
+from storage.rows import Case, Gateway, Report, Series, Site, Study, WebSession
 from storage.states import Transition
 from storage.transitions import SYSTEM, move, note
 from storage.vocabulary import Priority, ReportState, StudyState, TriageState
@@ -224,6 +224,52 @@ def test_a_reader_goes_from_sign_in_to_signed_report_by_keyboard(
     assert page.faults == []  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_nothing_that_matters_is_cut_off_in_the_worklist_at_1366_pixels(
+    web: Web, window: BrowserContext, language: str
+) -> None:
+    cases = furnish(web)
+    names = ("示范县第一人民医院（一区）", "Demonstration County Hospital A")
+    with web.database.centre() as session:
+        session.execute(sa.update(Site).where(Site.code == "county-a").values(name_zh=names[0], name_en=names[1]))
+        session.execute(
+            sa.update(Study)
+            .where(Study.id == web.row(cases["1"]).study_id)
+            .values(patient_name="Maximiliana Alexandra von Hohenstein und Lichtenberg^Theodora")
+        )
+    page = sign_in(window, web, "reader-a", language)
+    expect(page.locator("tbody tr")).to_have_count(8)
+    shot(page, f"worklist-wide-{language}")
+    for selector in ("td:nth-child(1)", "td:nth-child(2)", ".two-lines", ".flag", ".flag b", "td small"):
+        cut = page.eval_on_selector_all(
+            f".worklist {selector}",
+            "all => all.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1"
+            " || e.clientHeight && e.scrollHeight > e.clientHeight + 1).map(e => e.textContent)",
+        )
+        assert cut == [], selector
+    first = page.locator("tbody tr").first.locator("td").nth(3)
+    expect(first).to_have_attribute("title", re.compile("Theodora"))
+    second_line = first.locator(".small").bounding_box()
+    assert second_line is not None and second_line["x"] + second_line["width"] < SIZE["width"]
+    expect(first.locator(".small")).to_contain_text(re.compile("63岁|63 y"))
+
+
+def test_a_name_that_reorders_reads_the_same_left_to_right_in_the_guard(web: Web, window: BrowserContext) -> None:
+    case_id = web.case("1.1", patient_name="张三\u202e四李", patient_id="B\u202e321")
+    arabic = web.case("1.2", patient_name="ئابدۇللا", patient_id="C7")
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).values(patient_age="045Y", patient_sex="M"))
+    page = sign_in(window, web, "reader-a")
+    expect(page.locator(f"#case-{case_id}")).to_contain_text("张三[U+202E]四李")
+    shot(page, "worklist-reordering-zh")
+    page.goto(f"{web.url}/cases/{arabic}")
+    name, facts = page.locator(".guard .name").bounding_box(), page.locator(".guard .name span").bounding_box()
+    assert name is not None and facts is not None and facts["x"] > name["x"] + 30  # sex and age stay behind the name
+    page.goto(f"{web.url}/cases/{case_id}")
+    expect(page.locator(".guard .name")).to_contain_text("张三[U+202E]四李 男 45岁")
+    shot(page, "reading-reordering-zh")
+
+
 def test_new_cases_wait_behind_a_bar_while_the_pointer_is_over_the_table(web: Web, window: BrowserContext) -> None:
     furnish(web)
     page = sign_in(window, web, "reader-a")
@@ -283,6 +329,35 @@ def test_a_lease_lost_while_typing_keeps_the_text_and_offers_the_case_back(web: 
     expect(page.locator("#trouble")).to_contain_text("阅片医师二")
     assert page.input_value("#impression") == "第一句。第二句。"
     other.post(f"/cases/{case_id}/hand-back", lease=lease)
+
+
+def test_an_image_that_lands_while_the_pin_is_typed_must_be_looked_at_first(web: Web, window: BrowserContext) -> None:
+    case_id = web.case("1.1")
+    page = sign_in(window, web, "reader-a")
+    write(page, web, case_id, "未见异常。")
+    page.locator("input[value=negative]").check()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#sign-dialog")).to_be_visible()
+    study_id = web.row(case_id).study_id
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).where(Study.id == study_id).values(instance_count=1))
+        move(session, Transition.STUDY_EXTENDED, study_id, actor=SYSTEM)
+    page.fill("#pin", PIN)
+    page.keyboard.press("Enter")
+    expect(page.locator("#trouble")).to_contain_text("又到了新图像")
+    expect(page.locator("#sign-dialog")).to_be_hidden()
+    shot(page, "reading-new-images-zh")
+    page.locator("#trouble [data-tool=reload]").click()
+    expect(page.locator("#reading")).to_have_attribute("data-images", "1")
+    page.locator("#sign").click()
+    page.fill("#pin", PIN)
+    page.keyboard.press("Enter")  # the browser keeps the form until the box is ticked
+    shot(page, "reading-incomplete-zh")
+    assert web.events("report.signed") == []
+    page.locator("#incomplete").check()
+    page.locator("#sign-now").click()
+    expect(page.locator("#reading")).to_have_attribute("data-state", "reported")
+    assert page.faults == []  # type: ignore[attr-defined]
 
 
 def test_two_tabs_with_the_same_draft_show_the_conflict_and_overwrite_nothing(web: Web, window: BrowserContext) -> None:
@@ -458,6 +533,7 @@ def test_the_quality_officer_sees_segments_cases_and_a_timeline(
     shot(page, f"quality-cases-{language}")
     page.goto(f"{web.url}/quality/studies/{web.row(case_id).study_id}")
     expect(page.locator(".message.good")).to_be_visible()
+    assert page.evaluate("document.querySelector('main').scrollWidth <= document.querySelector('main').clientWidth")
     shot(page, f"timeline-{language}")
     assert page.faults == []  # type: ignore[attr-defined]
 

@@ -7,12 +7,13 @@ import pytest
 import sqlalchemy as sa
 
 from reading_queue.county import steps_of
+from reading_queue.turnaround import Choice, studies
 from storage.rows import Case, Gateway, Report, Study
 from storage.states import Transition
 from storage.transitions import SYSTEM, move
 from storage.vocabulary import CaseState, ReportState, StudyState
 from tests.centre import add_study
-from tests.web import Web, signing_pki, web
+from tests.web import Browser, Web, signing_pki, web
 
 __all__ = ["signing_pki", "web"]
 
@@ -129,7 +130,13 @@ def test_the_gateways_link_and_disk_are_said(web: Web) -> None:
             .values(heartbeat=beat, last_heartbeat_at=sa.func.clock_timestamp())
         )
     html = browser.get("/county").text
-    assert "网关在线" in html and "待传 12 幅" in html and "磁盘将满" in html and "1 幅需人工处理" in html
+    assert (
+        "网关在线" in html
+        and "待传 12 幅" in html
+        and "磁盘将满" in html
+        and "1 项被隔离" in html
+        and "从设备重发" in html
+    )
     with web.database.centre() as session:
         session.execute(sa.update(Gateway).values(last_heartbeat_at=NOW - timedelta(hours=1)))
     assert "网关失联" in browser.get("/county").text
@@ -140,3 +147,92 @@ def test_a_study_without_a_name_can_still_be_found_by_its_number(web: Web) -> No
         add_study(session, web.sites.county, "1.1", patient_name="", patient_id="P77")
     html = web.sign_in("radiographer-a").get("/county?q=P77").text
     assert "（无姓名）" in html and len(re.findall(r'id="study-', html)) == 1
+
+
+def delivered(web: Web, report_id: int) -> None:
+    with web.database.centre() as session:
+        move(session, Transition.REPORT_RECEIVED, report_id, actor=SYSTEM)
+        move(session, Transition.REPORT_DELIVERED, report_id, actor=SYSTEM)
+
+
+def sent_days_ago(web: Web, days: int = 3) -> str:
+    """Every study was received then. The day before, as an address has it."""
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).values(first_received_at=NOW - timedelta(days=days)))
+    return str((NOW - timedelta(days=days + 2)).date())
+
+
+def second_version(web: Web, reader: Browser, case_id: int, **changes: str) -> int:
+    with web.database.centre() as session:
+        move(session, Transition.CASE_REOPENED, case_id, actor=SYSTEM)
+    return web.signed(reader, case_id, **changes)
+
+
+def test_an_unopened_critical_report_rings_on_every_day_until_somebody_opens_it(web: Web) -> None:
+    case_id = web.case("1.1", patient_name="A=危急")
+    report_id = web.signed(web.sign_in("reader-a"), case_id, conclusion="critical")
+    delivered(web, report_id)
+    another_day = sent_days_ago(web)
+    clinician = web.sign_in("clinician-a")
+    for path in ("/county", f"/county?day={another_day}", "/county?q=nobody", "/county?q=危急"):
+        html = clinician.get(path).text
+        assert "危急值，尚未打开" in html and "◆ 1 份危急值报告" in html, path
+        assert html.count(f'id="study-{web.row(case_id).study_id}"') == 1, path
+    clinician.get(f"/county/reports/{report_id}/pdf")
+    assert "危急" not in clinician.get("/county").text
+    assert "危急 (A)" not in web.sign_in("clinician-b").get("/county").text
+
+
+def test_an_unopened_corrected_report_of_any_day_stands_first(web: Web) -> None:
+    reader, case_id = web.sign_in("reader-a"), web.case("1.1", patient_name="A=更正")
+    first = web.signed(reader, case_id)
+    delivered(web, first)
+    clinician = web.sign_in("clinician-a")
+    clinician.get(f"/county/reports/{first}/pdf")
+    second = second_version(web, reader, case_id, impression="更正后的意见")
+    delivered(web, second)
+    sent_days_ago(web)
+    web.case("1.2", patient_name="B=今天")
+    html = clinician.get("/county").text
+    assert html.index("更正 (A)") < html.index("今天 (B)") and "尚未打开" in html
+    clinician.get(f"/county/reports/{second}/pdf")
+    assert "更正 (A)" not in clinician.get("/county").text
+
+
+def test_a_superseded_report_says_so_first_and_counts_as_no_opening(web: Web) -> None:
+    reader, case_id = web.sign_in("reader-a"), web.case("1.1")
+    first = web.signed(reader, case_id)
+    second = second_version(web, reader, case_id, conclusion="critical")
+    clinician = web.sign_in("clinician-a")
+    instead = clinician.get(f"/county/reports/{first}/pdf")
+    assert instead.status_code == 409 and "已被第 2 版替代" in instead.text
+    assert f'href="/county/reports/{second}/pdf"' in instead.text
+    script = clinician.client.get(f"/county/reports/{first}/pdf")  # the print button of a page that is behind
+    assert (script.status_code, script.json()["type"], script.json()["report_id"]) == (409, "superseded", second)
+    old = clinician.get(f"/county/reports/{first}/pdf?superseded=1")
+    assert old.content.startswith(b"%PDF-") and "superseded" in old.headers["content-disposition"]
+    assert web.events("report.opened") == [] and web.report(first).opened_at is None
+    ever = Choice(NOW - timedelta(days=1), NOW + timedelta(days=1))
+    with web.database.centre() as session:
+        assert studies(session, ever, 1)[0]["opened"] is None
+    clinician.get(f"/county/reports/{second}/pdf?superseded=1")  # it stands: asking so changes nothing
+    assert [event.subject_id for event in web.events("report.opened")] == [second]
+    assert web.sign_in("clinician-b").get(f"/county/reports/{first}/pdf").status_code == 404
+
+
+def test_a_search_covers_all_days(web: Web) -> None:
+    case_id = web.case("1.1", patient_id="P88")
+    delivered(web, web.signed(web.sign_in("reader-a"), case_id))
+    sent_days_ago(web, 40)
+    browser = web.sign_in("radiographer-a")
+    assert "P88" not in browser.get("/county").text
+    html = browser.get("/county?q=p88").text
+    assert "P88" in html and "全部日期" in html
+
+
+def test_a_patient_without_sex_and_age_shows_no_stray_dot(web: Web) -> None:
+    case_id = web.case("1.1")
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).values(patient_sex="", patient_age=""))
+    assert '<span class="quiet small">P1</span>' in web.sign_in("clinician-a").get("/county").text
+    assert case_id

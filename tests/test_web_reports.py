@@ -18,7 +18,7 @@ from reading_queue import heat_map
 from storage.database import Database
 from storage.errors import MalformedDataSetError, ObjectStoreError
 from storage.objects import Objects
-from storage.rows import Case, DraftVersion, FeedEntry, Report
+from storage.rows import Account, Case, DraftVersion, FeedEntry, Report, Study
 from storage.states import Transition
 from storage.transitions import SYSTEM, move, verify_chain
 from storage.vocabulary import CaseState, ReportState
@@ -137,7 +137,7 @@ def test_a_report_signed_twice_is_refused_in_words(web: Web, reader: Browser) ->
     case_id = web.case()
     lease = reader.claim(case_id)
     revision = web.report_text(reader, case_id, lease)
-    fields = {"lease": lease, "revision": revision, "pin": PIN}
+    fields = {"lease": lease, "revision": revision, "images": 0, "pin": PIN}
     assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 200
     again = reader.post(f"/cases/{case_id}/sign", **fields)
     assert (again.status_code, again.json()["type"]) == (409, "signed")
@@ -152,11 +152,11 @@ def test_a_wrong_pin_changes_nothing_and_five_rest(web: Web, reader: Browser) ->
     lease = reader.claim(case_id)
     revision = web.report_text(reader, case_id, lease)
     for _ in range(5):
-        wrong = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin="000000")
+        wrong = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin="000000")
         assert (wrong.status_code, wrong.json()["detail"][:6]) == (422, "PIN 不对")
     assert draft_row(web.database, case_id).revision == revision
     assert len(web.events("report.pin_refused")) == 5
-    rest = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    rest = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN)
     assert rest.status_code == 422 and "15 分钟" in rest.json()["detail"]
     assert web.events("report.signed") == []
 
@@ -168,7 +168,7 @@ def test_an_unfinished_report_is_not_signed(web: Web, reader: Browser, changes: 
     case_id = web.case()
     lease = reader.claim(case_id)
     revision = web.report_text(reader, case_id, lease, 0, **changes)
-    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN)
     assert answer.status_code == 422 and words in answer.json()["detail"]
 
 
@@ -176,11 +176,11 @@ def test_an_older_revision_and_a_lost_lease_are_not_signed(web: Web, reader: Bro
     case_id = web.case()
     lease = reader.claim(case_id)
     web.report_text(reader, case_id, lease)
-    stale = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=0, pin=PIN)
+    stale = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=0, images=0, pin=PIN)
     assert (stale.status_code, stale.json()["type"]) == (409, "revision")
     expire(web, case_id)
     web.sign_in("reader-a2").claim(case_id)
-    lost = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, pin=PIN)
+    lost = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, images=0, pin=PIN)
     assert (lost.status_code, lost.json()["type"]) == (409, "lease-lost")
     assert web.events("report.signed") == []
 
@@ -190,7 +190,7 @@ def test_a_reader_without_a_key_is_told_so(web: Web) -> None:
     reader = web.sign_in("reader-b", "en")
     lease = reader.claim(case_id)
     revision = web.report_text(reader, case_id, lease)
-    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN)
     assert answer.status_code == 422 and "no signing certificate" in answer.json()["detail"]
 
 
@@ -203,7 +203,7 @@ def test_images_after_the_signature_make_a_second_version_that_supersedes(web: W
     page = reader.get(f"/cases/{case_id}").text
     assert TEXT["findings"] in page and "第 1 版" in page
     revision = web.report_text(reader, case_id, lease, impression="新图像后的意见", conclusion="critical")
-    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN).status_code == 200
+    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN).status_code == 200
     with web.database.centre() as session:
         rows = session.scalars(sa.select(Report).order_by(Report.version)).all()
         assert [(row.version, row.state) for row in rows] == [(1, ReportState.SUPERSEDED), (2, ReportState.SIGNED)]
@@ -222,9 +222,8 @@ def test_markup_bidi_and_nul_are_text_and_nothing_else(web: Web, reader: Browser
         html = reader.get(path).text
         assert "<script>alert" not in html and "&lt;script&gt;" in html and "49" not in html.split("abc")[1][:20], path
     assert "\0" not in draft_row(web.database, case_id).findings
-    checks = reader.get(f"/cases/{case_id}/checks").json()
-    assert isinstance(checks["unprintable"], str)
-    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, pin=PIN).status_code == 200
+    assert "[U+202E]" in reader.get(f"/cases/{case_id}/checks").json()["unprintable"]
+    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=1, images=0, pin=PIN).status_code == 200
 
 
 def test_a_text_of_200_kilobytes_is_refused_in_words_and_nothing_is_lost(web: Web, reader: Browser) -> None:
@@ -271,7 +270,7 @@ def test_when_the_object_store_is_away_nothing_is_signed_and_signing_again_works
     case_id = web.case()
     lease = reader.claim(case_id)
     revision = web.report_text(reader, case_id, lease)
-    fields = {"lease": lease, "revision": revision, "pin": PIN}
+    fields = {"lease": lease, "revision": revision, "images": 0, "pin": PIN}
 
     def away(*_: object) -> None:
         raise ObjectStoreError("Object store did not answer")
@@ -280,6 +279,7 @@ def test_when_the_object_store_is_away_nothing_is_signed_and_signing_again_works
         patch.setattr(Objects, "put_locked", away)
         answer = reader.post(f"/cases/{case_id}/sign", **fields)
     assert (answer.status_code, answer.json()["type"], answer.headers["retry-after"]) == (503, "unavailable", "5")
+    assert "报告没有签发，文字已保存" in answer.json()["detail"] and "Object store" not in answer.text
     assert draft_row(web.database, case_id).revision == revision and web.row(case_id).state is CaseState.CLAIMED
     assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 200
 
@@ -300,7 +300,7 @@ def test_a_case_that_leaves_the_readers_hands_while_signing_stays_unsigned(
         put(store, key, data)
 
     monkeypatch.setattr(Objects, "put_locked", slow)
-    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN)
     assert (answer.status_code, answer.json()["type"]) == (409, "lease-lost")
     assert web.events("report.signed") == [] and draft_row(web.database, case_id).pdf_key is None
     with web.database.centre() as session:
@@ -333,3 +333,150 @@ def test_a_draft_saved_by_two_tabs_at_once_is_saved_by_one(web: Web, reader: Bro
     for thread in threads:
         thread.join()
     assert sorted(answers) == [200, 409, 409, 409]
+
+
+def arrive(web: Web, case_id: int, count: int, *transitions: Transition) -> None:
+    """The study has `count` images now, and takes these transitions."""
+    study_id = web.row(case_id).study_id
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).where(Study.id == study_id).values(instance_count=count))
+        for transition in transitions:
+            move(session, transition, study_id, actor=SYSTEM)
+
+
+def test_images_that_the_page_did_not_show_are_not_signed_for(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    arrive(web, case_id, 2)
+    lease = reader.claim(case_id)
+    assert 'data-images="2"' in reader.get(f"/cases/{case_id}").text
+    revision = web.report_text(reader, case_id, lease)
+    arrive(web, case_id, 3)
+    with web.database.centre() as session:
+        session.execute(sa.update(Case).values(new_images=True))
+    fields = {"lease": lease, "revision": revision, "pin": PIN}
+    for incomplete in ("false", "true"):
+        refused = reader.post(f"/cases/{case_id}/sign", images=2, incomplete=incomplete, **fields)
+        assert (refused.status_code, refused.json()["type"]) == (409, "new-images")
+        assert "没有签发" in refused.json()["detail"]
+    assert web.events("report.signed") == [] and web.row(case_id).new_images
+    assert reader.get(f"/cases/{case_id}/checks").json()["images"] == 3
+    assert 'data-images="3"' in reader.get(f"/cases/{case_id}").text  # reloaded
+    assert reader.post(f"/cases/{case_id}/sign", images=3, **fields).status_code == 200
+
+
+def test_a_page_that_does_not_say_how_many_images_it_showed_signs_nothing(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    assert reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN).status_code == 422
+
+
+def test_a_study_whose_images_are_still_arriving_is_signed_only_by_who_says_so(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    arrive(web, case_id, 1, Transition.STUDY_EXTENDED)
+    fields = {"lease": lease, "revision": revision, "images": 1, "pin": PIN}
+    refused = reader.post(f"/cases/{case_id}/sign", **fields)
+    assert (refused.status_code, refused.json()["type"]) == (409, "new-images")
+    assert "图像还没有到齐" in reader.get(f"/cases/{case_id}").text
+    assert reader.get(f"/cases/{case_id}/checks").json()["complete"] is False
+    assert reader.post(f"/cases/{case_id}/sign", incomplete="true", **fields).status_code == 200
+
+
+def test_an_image_that_lands_while_the_report_is_being_signed_stops_the_signature(
+    web: Web, reader: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case_id = web.case()
+    arrive(web, case_id, 2)
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    put = Objects.put_locked
+
+    def slow(store: Objects, key: str, data: bytes) -> None:
+        if key.endswith(".pdf"):
+            arrive(web, case_id, 3)
+        put(store, key, data)
+
+    monkeypatch.setattr(Objects, "put_locked", slow)
+    answer = reader.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=2, pin=PIN)
+    assert (answer.status_code, answer.json()["type"], answer.json()["images"]) == (409, "new-images", 3)
+    assert web.events("report.signed") == [] and draft_row(web.database, case_id).pdf_key is None
+
+
+def test_the_recorded_author_is_who_signed_and_not_who_wrote_last(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    reader.post(f"/cases/{case_id}/hand-back", lease=lease)
+    other = web.sign_in("reader-a2")
+    lease = other.claim(case_id)
+    answer = other.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=0, pin=PIN)
+    report = web.report(answer.json()["report_id"])
+    assert report.author_id == web.accounts["reader-a2"]
+    pdf = PdfFileReader(BytesIO(web.objects.get(str(report.pdf_key), locked=True)))
+    assert pdf.embedded_signatures[0].signer_cert.subject.native["common_name"] == DISPLAY["reader-a2"]
+    page = reader.get(f"/cases/{case_id}").text
+    assert f"{DISPLAY['reader-a2']} 签发于" in page and f"{DISPLAY['reader-a']} 签发于" not in page
+
+
+def test_two_readers_of_one_name_are_two_authors(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    with web.database.centre() as session:
+        session.execute(sa.update(Account).values(display_name="阅片医师"))
+    lease = reader.claim(case_id)
+    save(reader, case_id, lease, 0)
+    reader.post(f"/cases/{case_id}/hand-back", lease=lease)
+    other = web.sign_in("reader-a2")
+    assert save(other, case_id, other.claim(case_id), 1)[1]["revision"] == 2
+    assert draft_row(web.database, case_id).author_id == web.accounts["reader-a2"]
+
+
+def test_many_pins_at_once_are_tried_no_oftener_than_one_after_another(web: Web, reader: Browser) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    revision = web.report_text(reader, case_id, lease)
+    answers: list[str] = []
+
+    def guess(pin: str) -> None:
+        fields = {"lease": lease, "revision": revision, "images": 0, "pin": pin}
+        answers.append(reader.post(f"/cases/{case_id}/sign", **fields).json()["detail"])
+
+    threads = [threading.Thread(target=guess, args=(f"{n:06}",)) for n in range(14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("PIN 不对" in answer for answer in answers) == 5
+    assert sum("15 分钟" in answer for answer in answers) == 9
+    assert len(web.events("pin.tried")) == len(web.events("report.pin_refused")) == 5
+
+
+def test_a_right_pin_whose_report_could_not_be_stored_does_not_count_as_wrong(
+    web: Web, reader: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case_id = web.case()
+    lease = reader.claim(case_id)
+    fields = {"lease": lease, "revision": web.report_text(reader, case_id, lease), "images": 0, "pin": PIN}
+
+    def away(*_: object) -> None:
+        raise ObjectStoreError("Object store did not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objects, "put_locked", away)
+        for _ in range(6):
+            assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 503
+    assert reader.post(f"/cases/{case_id}/sign", **fields).status_code == 200
+
+
+def test_the_check_before_signing_names_what_is_printed_as_codes_in_any_field(web: Web, reader: Browser) -> None:
+    case_id = web.case(patient_id="B\u202e321")
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).values(accession_number="A\u2066"))
+        session.execute(sa.update(Account).values(display_name="阅\u200f片"))
+    lease = reader.claim(case_id)
+    assert reader.get(f"/cases/{case_id}/checks").json()["unprintable"] == ""  # nothing written
+    save(reader, case_id, lease, 0, findings="𠮷", conclusion="")
+    codes = reader.get(f"/cases/{case_id}/checks").json()["unprintable"].split()
+    assert {"[U+202E]", "[U+2066]", "[U+200F]"} <= set(codes)
+    assert all(code.startswith("[U+") and code.isascii() for code in codes)

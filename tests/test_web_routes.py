@@ -148,7 +148,7 @@ def test_people_of_another_hospital_find_nothing_of_this_one(web: Web, ids: dict
         browser = web.sign_in(username)
         for route in with_ids:
             if route.method == "POST" and route.path.endswith(("draft", "sign", "heartbeat", "hand-back")):
-                fields = {"lease": "x", "revision": 0, "pin": "1"}
+                fields = {"lease": "x", "revision": 0, "images": 1, "pin": "1"}
                 status = browser.post(address(route.path, ids), **fields).status_code
             else:
                 status = call(browser, route.method, route.path, ids)

@@ -2,12 +2,16 @@
 
 import re
 import threading
+import unicodedata
 
 import httpx
 import pytest
 import sqlalchemy as sa
 
-from storage.rows import Case, Study
+from reading_queue import stream
+from reading_queue.i18n import probability
+from storage.rows import Account, Case, Study, TriageRun
+from storage.visible import visible
 from storage.vocabulary import Priority, RunMode, TriageState
 from tests.web import Web, add_finding, signing_pki, soon, web
 
@@ -16,6 +20,11 @@ __all__ = ["signing_pki", "web"]
 
 def order_of(html: str) -> list[int]:
     return [int(found) for found in re.findall(r'data-case="(\d+)"', html)]
+
+
+def words_of(html: str) -> str:
+    """The text of a page as it is read, without markup."""
+    return " ".join(re.sub(r"<[^>]*>", " ", html).split())
 
 
 def test_cases_stand_by_tier_then_due_time_then_id(web: Web) -> None:
@@ -65,9 +74,9 @@ def test_an_active_flag_is_shown_with_its_model_and_that_it_is_for_research(web:
         reasons = [{"code": "finding", "minutes": 20, "zh": "提前", "en": "earlier"}]
         session.execute(sa.update(Case).values(due_reasons=reasons))
     html = web.sign_in("reader-a").get("/worklist").text
-    assert "疑似房颤 0.97" in html and "ecg_rhythm 1.0 · 仅供研究" in html and "提前 20′" in html
+    assert "疑似房颤 0.97" in words_of(html) and "ecg_rhythm 1.0 · 仅供研究" in html and "提前 20′" in html
     html = web.sign_in("reader-a", "en").get("/worklist").text
-    assert "Atrial fibrillation 0.97" in html and "research only" in html
+    assert "Atrial fibrillation 0.97" in words_of(html) and "research only" in html
 
 
 @pytest.mark.parametrize("hidden", [{"mode": RunMode.SHADOW}, {"positive": False}])
@@ -128,6 +137,100 @@ def test_a_name_of_markup_and_directions_is_only_text(web: Web) -> None:
     assert "<img src=x" not in html and "<b>x</b>" not in html and "&lt;img" in html
 
 
+EVIL_NAME, EVIL_ID = "张三\u202e四李^\u2066X\u2069", "B\u202e321"
+
+
+def hidden_characters(text: str) -> set[str]:
+    return {one for one in text if unicodedata.category(one) in {"Cc", "Cf"} and one not in "\n\t"}
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_name_that_reorders_its_neighbours_is_shown_by_its_code_points_on_every_page(web: Web, language: str) -> None:
+    case_id = web.case("1.1", patient_name=EVIL_NAME, patient_id=EVIL_ID)
+    web.case("1.2", patient_name=EVIL_NAME, patient_id=EVIL_ID)  # a prior
+    with web.database.centre() as session:
+        session.execute(
+            sa.update(Study).values(
+                study_description="胸部\u202e位正", accession_number="A\u200b1", patient_age="045Y", patient_sex="M",
+                clinical_question="\u2067咳嗽", modalities=["C\u202eT"],
+            )
+        )  # fmt: skip
+    reader, county, officer = (web.sign_in(who, language) for who in ("reader-a", "clinician-a", "quality"))
+    study = f"/quality/studies/{web.row(case_id).study_id}"
+    for browser, path in (
+        (reader, "/worklist"), (reader, "/worklist/rows"), (reader, f"/cases/{case_id}"), (county, "/county"),
+        (county, "/county/rows"), (officer, study), (officer, "/quality?period=all"),
+    ):  # fmt: skip
+        answer = browser.get(path)
+        assert answer.status_code == 200 and hidden_characters(answer.text) == set(), path
+        assert "[U+202E]" in answer.text, path
+    for browser, path in ((reader, "/worklist"), (reader, f"/cases/{case_id}"), (county, "/county")):
+        html = browser.get(path).text
+        assert "张三[U+202E]四李[U+2066]X[U+2069]" in html and "B[U+202E]321" in html, path
+
+
+def test_a_holder_whose_name_reorders_is_named_by_code_points_to_the_pages_script(web: Web) -> None:
+    case_id = web.case("1.1")
+    with web.database.centre() as session:
+        session.execute(
+            sa.update(Account).where(Account.username == "reader-a2").values(display_name="王\u202e五\u2069")
+        )
+    web.sign_in("reader-a2").claim(case_id)
+    problem = web.sign_in("reader-a").post(f"/cases/{case_id}/claim").json()
+    assert problem["holder"] == "王[U+202E]五[U+2069]" and hidden_characters(problem["detail"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("张三", "张三"), ("a\tb\nc\r\nd", "a\tb\nc\nd"), ("a\rb\0", "a[U+000D]b[U+0000]"), ("\u200fאב", "[U+200F]אב"),
+     ("x\u2028y\u2029", "x[U+2028]y[U+2029]"), ("\u3000空格\u00a0", "\u3000空格\u00a0"), ("\ud800", "[U+D800]")],
+)  # fmt: skip
+def test_hidden_characters_are_shown_and_layout_and_every_script_stay(text: str, shown: str) -> None:
+    assert visible(text) == shown and visible(shown) == shown
+
+
+def test_what_was_only_one_file_is_not_counted_for_it_may_hold_many_frames(web: Web) -> None:
+    for number, (modality, count) in enumerate((("CT", 1), ("ECG", 3), ("CT", 64)), start=1):
+        case_id = web.case(f"1.{number}", modalities=(modality,))
+        with web.database.centre() as session:
+            session.execute(sa.update(Study).where(Study.id == web.row(case_id).study_id).values(instance_count=count))
+    assert re.findall(r"(\d+) 幅", web.sign_in("reader-a").get("/worklist").text) == ["64"]
+
+
+def test_a_model_that_found_nothing_is_a_dash(web: Web) -> None:
+    case_id = web.case("1.1")
+    add_finding(web, case_id, positive=False)
+    for language, words in (("zh", "无提示"), ("en", "no flag")):
+        html = web.sign_in("reader-a", language).get("/worklist").text
+        assert words not in html and re.search(r'<span class="quiet" title="[^"]+">—</span>', html)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.97, "0.97"), (0.9949, "0.99"), (0.9975, ">0.99"), (1.0, ">0.99"), (0.001, "<0.01")]
+)
+def test_no_model_is_shown_as_certain(value: float, shown: str) -> None:
+    assert probability(value) == shown
+
+
+def test_an_all_but_certain_flag_is_never_shown_as_one(web: Web) -> None:
+    case_id = web.case("1.1")
+    add_finding(web, case_id)
+    with web.database.centre() as session:
+        run = session.scalars(sa.select(TriageRun)).one()
+        run.findings = [run.findings[0] | {"probability": 0.9975}]
+    reader = web.sign_in("reader-a")
+    for path in ("/worklist", f"/cases/{case_id}"):
+        html = reader.get(path).text
+        assert "&gt;0.99" in html and "1.00" not in html, path
+
+
+def test_the_counts_stand_in_the_bar_before_any_script_runs(web: Web) -> None:
+    web.case("1.1")
+    html = web.sign_in("reader-a").get("/worklist").text
+    assert re.search(r'<div class="counts" id="counts">\s*<span>待阅<b>1</b>', html)
+    assert "<div data-counts hidden>" in html
+
+
 def test_priors_are_the_same_patients_of_the_same_hospital_only(web: Web) -> None:
     case_id = web.case("1.1", patient_id="P7")
     prior = web.case("1.2", patient_id="P7")
@@ -167,6 +270,35 @@ def test_the_stream_tells_a_reader_of_every_change_and_a_county_of_its_own(web: 
     for thread in threads:
         thread.join(20)
     assert heard == ["ready", "changed", "changed"] and county == ["ready", "changed"]
+
+
+def test_the_stream_ends_with_the_sign_in_also_while_there_is_news(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_KEEP_ALIVE_S", 1.0)
+    monkeypatch.setattr(stream, "_GATHER_S", 0.01)
+    reader, other = web.sign_in("reader-a"), web.sign_in("reader-a2")
+    case_id = web.case("1.1")
+    listener = web.anonymous()
+    listener.cookies.set("yuanzhen_session", reader.client.cookies["yuanzhen_session"])
+    over = threading.Event()
+
+    def news() -> None:
+        while not over.is_set():
+            other.post(f"/cases/{case_id}/hand-back", lease=other.claim(case_id))
+
+    busy = threading.Thread(target=news)
+    heard = []
+    try:
+        with listener.stream("GET", "/stream", timeout=20) as answer:
+            for line in answer.iter_lines():
+                if line == "event: ready":
+                    assert reader.post("/sign-out").status_code == 303
+                    busy.start()
+                if line.startswith("event:"):
+                    heard.append(line.removeprefix("event: "))
+    finally:
+        over.set()
+        busy.join(20)
+    assert heard[-1] == "signed-out" and "changed" in heard
 
 
 def test_the_page_answers_in_words_when_the_database_is_away(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:

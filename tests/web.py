@@ -125,7 +125,8 @@ class Web:
                 sa.select(Report.revision).where(Report.case_id == case_id, Report.state == "draft")
             ).scalar_one_or_none()
         revision = self.report_text(browser, case_id, lease, revision or 0, **changes)
-        answer = browser.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, pin=PIN)
+        images = browser.get(f"/cases/{case_id}/checks").json()["images"]
+        answer = browser.post(f"/cases/{case_id}/sign", lease=lease, revision=revision, images=images, pin=PIN)
         assert answer.status_code == 200, answer.text
         return int(answer.json()["report_id"])
 

@@ -16,7 +16,10 @@ county.addEventListener("click", async (event) => {
   if (!print) return;
   try {
     const answer = await waiting(fetch(print.dataset.print));
-    if (!answer.ok) throw new Error((await answer.json()).title);
+    if (!answer.ok) {
+      const problem = await answer.json();
+      throw new Error(problem.detail || problem.title);
+    }
     const frame = document.getElementById("print-frame");
     const address = URL.createObjectURL(await answer.blob());
     frame.onload = () => { frame.contentWindow.focus(); frame.contentWindow.print(); };

@@ -103,6 +103,7 @@ class Editor {
     if (kind === "lease-lost") this.lost();
     else if (kind === "revision") this.conflict(error.problem);
     else if (kind === "signed") this.ask([words.tSigned]);
+    else if (kind === "new-images") this.newImages();
     else if (error.status === 401) this.signedOut();
     else if (error.status === 0 || error.status >= 500) {
       this.say(words.tFailed, true);
@@ -112,13 +113,31 @@ class Editor {
     }
   }
 
-  // Shows words and buttons above the text, and sends nothing until one is pressed.
-  ask(parts) {
-    this.stopped = true;
-    this.say(words.tUnsaved, true);
+  // Shows words and buttons above the text.
+  tell(parts) {
     this.trouble.replaceChildren(...parts);
     this.trouble.hidden = false;
     this.trouble.scrollIntoView({ block: "nearest" });
+  }
+
+  // The same, and sends nothing until one is pressed.
+  ask(parts) {
+    this.stopped = true;
+    this.say(words.tUnsaved, true);
+    this.tell(parts);
+  }
+
+  // The study has other images than this page showed: they must be seen before anything is signed.
+  newImages() {
+    words.newImages = "yes";
+    this.tell([words.tLookAgain, button("reload", async () => {
+      try {
+        await this.flush();
+        location.reload();
+      } catch (error) {
+        notice(error.message);
+      }
+    })]);
   }
 
   answered() {
@@ -180,10 +199,7 @@ class Editor {
     if (this.stopped) return;
     try {
       const answer = await post(`/cases/${caseId}/heartbeat`, { lease: this.lease });
-      if (answer.new_images && !words.newImages) {
-        words.newImages = "yes";
-        notice(words.tNewImages, { seconds: 0 });
-      }
+      if (answer.new_images && !words.newImages) this.newImages();
     } catch (error) {
       if (error.problem?.type === "lease-lost") this.lost();
       else if (error.status === 401) this.signedOut();
@@ -216,11 +232,17 @@ const signTrouble = byId("sign-trouble");
 
 async function openSign() {
   if (!editor || dialog.open) return;
+  let found;
   try {
     await waiting(editor.flush());
+    await editor.beat(); // keeps the case while the PIN is typed, or says that it is lost
+    if (editor.stopped) return;
+    found = JSON.parse(await waiting(getText(`/cases/${caseId}/checks`)));
   } catch (error) {
     return notice(error.message);
   }
+  const arriving = !found.complete;
+  if (String(found.images) !== words.images || (arriving && words.complete)) return editor.newImages();
   const text = editor.text();
   const lines = [];
   if (!text.impression.trim()) lines.push(["bad", words.tImpression]);
@@ -228,13 +250,9 @@ async function openSign() {
   const blocked = lines.length > 0;
   if (!text.findings.trim()) lines.push(["wait", words.tFindings]);
   if (words.newImages) lines.push(["wait", words.tNewImages]);
+  if (arriving) lines.push(["wait", words.tIncomplete]);
   if (text.conclusion === "critical") lines.push(["bad", words.tCritical]);
-  try {
-    const { unprintable } = JSON.parse(await getText(`/cases/${caseId}/checks`));
-    if (unprintable) lines.push(["wait", words.tUnprintable.replace("%characters%", unprintable)]);
-  } catch (error) {
-    return notice(error.message);
-  }
+  if (found.unprintable) lines.push(["wait", words.tUnprintable.replace("%characters%", found.unprintable)]);
   if (!blocked) lines.push(["good", words.tReady]);
   const marks = { bad: "◆ ", wait: "▲ ", good: "● " };
   const colours = { bad: "red", wait: "amber", good: "green" };
@@ -244,6 +262,9 @@ async function openSign() {
     item.textContent = marks[kind] + line;
     return item;
   }));
+  byId("incomplete-row").hidden = !arriving;
+  byId("incomplete").required = arriving; // the browser lets the form go only when it is ticked
+  byId("incomplete").checked = false;
   signTrouble.hidden = true;
   byId("pin").value = "";
   byId("pin").disabled = byId("sign-now").disabled = blocked;
@@ -259,7 +280,9 @@ async function sign(event) {
   signTrouble.hidden = true;
   const slow = setTimeout(() => { signTrouble.textContent = words.tSigning; signTrouble.className = "message hand"; signTrouble.hidden = false; }, 300);
   try {
-    const answer = await post(`/cases/${caseId}/sign`, { lease: editor.lease, revision: editor.revision, pin });
+    const answer = await post(`/cases/${caseId}/sign`, {
+      lease: editor.lease, revision: editor.revision, images: words.images, incomplete: byId("incomplete").checked, pin,
+    });
     location.href = answer.location;
   } catch (error) {
     clearTimeout(slow);

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from storage.dicomweb.errors import BadRequestError
 from storage.dicomweb.library import Scope
+from storage.dicomweb.metadata import with_visible_text
 from storage.rows import Instance, Series, Site, Study
 
 MAX_RESULTS = 5000
@@ -225,7 +226,8 @@ def run(
     statement = statement.join(Site, Site.site_id == Study.site_id).where(Study.id.in_(scope.study_ids))
     order: list[Any] = [Study.study_date.desc(), Study.id]
     if level >= Level.SERIES:
-        statement = statement.join(Series, Series.study_id == Study.id)
+        # A series of variants alone would be one without an instance.
+        statement = statement.join(Series, Series.study_id == Study.id).where(Series.instance_count > 0)
         order += [Series.series_number, Series.id]
     if level >= Level.INSTANCE:
         statement = statement.join(Instance, Instance.series_id == Series.id).where(Instance.is_variant.is_(False))
@@ -267,7 +269,7 @@ def _answer(scope: Scope, level: Level, attributes: list[Attribute], row: sa.Row
             uids[attribute.tag] = value
         if attribute.tag == "00280008" and not value:
             continue  # not an image
-        content[attribute.tag] = _element(attribute.vr, value)
+        content[attribute.tag] = with_visible_text(_element(attribute.vr, value))
     study = uids["0020000D"]
     series = uids.get("0020000E")
     instance = uids.get("00080018")

@@ -180,6 +180,7 @@ def upgrade() -> None:
         sa.Column("site_id", sa.Integer(), nullable=False),
         sa.Column("study_instance_uid", sa.Text(), nullable=False),
         sa.Column("patient_key", sa.Text(), nullable=False),
+        sa.Column("patient_sha256", postgresql.BYTEA(), server_default=sa.text("''::bytea"), nullable=False),
         sa.Column("patient_id", sa.Text(), nullable=False),
         sa.Column("issuer_of_patient_id", sa.Text(), nullable=False),
         sa.Column("patient_name", sa.Text(), nullable=False),
@@ -210,12 +211,17 @@ def upgrade() -> None:
         sa.Column("instance_count", sa.Integer(), server_default="0", nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("expected_count", sa.Integer(), nullable=True),
+        sa.Column("has_variants", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("event_count", sa.Integer(), server_default="0", nullable=False),
         sa.Column("event_head", postgresql.BYTEA(), server_default=sa.text("''::bytea"), nullable=False),
         sa.ForeignKeyConstraint(["site_id"], ["site.site_id"], name=op.f("fk_study_site_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_study")),
         sa.UniqueConstraint(
-            "site_id", "study_instance_uid", "patient_key", name=op.f("uq_study_site_id_study_instance_uid_patient_key")
+            "site_id",
+            "study_instance_uid",
+            "patient_key",
+            "patient_sha256",
+            name=op.f("uq_study_site_id_study_instance_uid_patient_key_patient_sha256"),
         ),
     )
     op.create_index(
@@ -441,7 +447,7 @@ def upgrade() -> None:
     op.create_index(
         "uq_instance_first",
         "instance",
-        ["site_id", "sop_instance_uid"],
+        ["study_id", "sop_instance_uid"],
         unique=True,
         postgresql_where=sa.text("NOT is_variant"),
     )
