@@ -67,7 +67,7 @@ def test_the_process_says_which_file_is_missing(configuration: Settings, tmp_pat
         [sys.executable, "-m", "reading_queue.server"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "htmx.min.js is missing: run `make assets`" in done.stderr
+    assert "htmx.min.js is missing: run `make setup`" in done.stdout
 
 
 @pytest.mark.parametrize("coding", ["br", "gzip", "identity"])
