@@ -19,6 +19,7 @@ from reading_queue.reports import MAX_TEXT, DraftText, draft_of
 from reading_queue.viewer import viewer_path
 from reading_queue.worklist import READER, TRIAGE_WORDS, RowId, moved_by_triage
 from storage.errors import NotFoundError
+from storage.patients import names_somebody, same_patient
 from storage.rows import Account, Case, Instance, Report, Site, Study, TriageRun
 from storage.visible import code_point
 from storage.vocabulary import CaseState, Conclusion, ReportState, RunMode, StudyState
@@ -95,21 +96,25 @@ def _draft(session: Session, case_id: int, reports: list[tuple[Report, str]]) ->
 
 
 def _priors(session: Session, person: Person, study: Study) -> list[Any]:
-    """Other studies of the same patient at the same hospital that this reader may read, newest first."""
+    """Other studies of the same patient at the same hospital that this reader may read, newest first.
+
+    A Patient ID that names nobody (empty, noughts) has no priors: they would be somebody else's.
+    """
+    if not names_somebody(study.patient_id):
+        return []
     rows = session.execute(
         sa.select(Study, Case)
         .join(Case, Case.study_id == Study.id)
         .where(
             Study.site_id == study.site_id,
             Study.patient_key == study.patient_key,
-            Study.patient_key != "",  # without a Patient ID nobody knows whose they are
             Study.id != study.id,
             claims.granted(person),
         )
         .order_by(Study.study_date.desc(), Study.id.desc())
         .limit(_MAX_PRIORS)
     )
-    return list(rows)
+    return [row for row in rows if same_patient(study, row[0])]
 
 
 @router.get("/cases/{case_id}/checks")

@@ -24,6 +24,7 @@ from routing.gateways import Caller, CallingGateway
 from storage import archive, transitions
 from storage.errors import IllegalTransitionError, PermanentError
 from storage.objects import Objects
+from storage.patients import may_be_same_patient
 from storage.rows import Gateway, Instance, Study, Upload
 from storage.states import Transition
 from storage.vocabulary import StudyState, UploadState
@@ -250,12 +251,14 @@ def _settle_archived(session: Session, caller: Caller, upload: Upload, receipt: 
 
 
 def _study_of(session: Session, site_id: int, message: Inventory) -> Study | None:
-    """The row an inventory is about, locked: by patient, where the Study Instance UID has several. Of patients whose
-    Patient ID is the same it is the one whose instances these are."""
+    """The row an inventory is about, locked: by patient, where the Study Instance UID has several. Of those that it may
+    be (an older gateway says the Patient ID alone) it is the one whose instances these are."""
     rows = archive.studies_of(session, site_id, message.study_instance_uid, lock=True)
     if len(rows) == 1 and not message.patient_id:
         return rows[0]
-    rows = [row for row in rows if archive.same_patient_id(row, message.patient_id)]
+    texts = ("patient_id", "issuer_of_patient_id", "patient_name", "patient_birth_date", "patient_sex")
+    message = message.model_copy(update={name: archive.clean(getattr(message, name)) for name in texts})
+    rows = [row for row in rows if may_be_same_patient(row, message)]
     if len(rows) < 2:
         return rows[0] if rows else None
     keys = [archive.line_key(line.sop_instance_uid, line.sha256) for line in message.instances]

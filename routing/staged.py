@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from storage import archive, dataset, packs, sidecar
+from storage import dataset, packs, patients, sidecar
 from storage.errors import DigestMismatchError, MalformedDataSetError
 from storage.objects import Objects
 from storage.packs import PackEntry
@@ -105,7 +105,7 @@ def split_digests(data: memoryview, transfer_syntax_uid: str) -> tuple[str, str]
 
 def _contradiction(made: InstanceSidecar, study: Study) -> str:
     """Which identity attribute of the data set speaks against the offered study; text that is not ASCII is left to
-    people, because gateway and centre may decode it differently. As `archive.same_patient`, but that what a data set
+    people, because gateway and centre may decode it differently. As `patients.same_patient`, but that what a data set
     does not say is no contradiction."""
     found = sidecar.text(made.metadata, "00080018", 64)
     if found and found != made.sop_instance_uid:
@@ -117,11 +117,11 @@ def _contradiction(made: InstanceSidecar, study: Study) -> str:
         if comparable and said != [part.strip() for part in offered.split("\\")]:
             return name
     birth_date, sex = (sidecar.text(made.metadata, tag, 16) for tag in ("00100030", "00100040"))
-    if contradicting := archive.contradicting_demographics(study, birth_date.replace(".", ""), sex):
+    if contradicting := patients.contradicting_demographics(study, birth_date.replace(".", ""), sex):
         return contradicting
     name, offered = sidecar.text(made.metadata, "00100010", 512), study.patient_name.partition("=")[0]
-    if not archive.names_somebody(study.patient_id) and name and name.isascii() and offered.isascii():
-        return "" if archive.same_name(name, offered) else "patient_name"
+    if not patients.names_somebody(study.patient_id) and name and name.isascii() and offered.isascii():
+        return "" if patients.same_name(name, offered) else "patient_name"
     return ""
 
 

@@ -6,9 +6,7 @@ one study are made one after another. What a pack's instances are (new, already 
 """
 
 import hashlib
-import re
 import struct
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from storage import sidecar, transitions
 from storage.errors import DigestMismatchError, RetryableError
 from storage.objects import Objects
 from storage.packs import PackEntry
+from storage.patients import same_patient
 from storage.rows import Case, Instance, Pack, Series, Study, Upload
 from storage.sidecar import InstanceSidecar
 from storage.states import Transition
@@ -32,8 +31,6 @@ IMPLEMENTATION_CLASS_UID = "2.25.231984462709117458120530174398513660471"
 IMPLEMENTATION_VERSION_NAME = "YUANZHEN_1"
 _URGENCY = tuple(Priority)  # most urgent first
 _INSERT_ROWS = 500
-_DATE = re.compile(r"(?!0000)\d{8}")
-_NAME_SEPARATORS = re.compile(r"[\s^.,_'·-]+")
 
 
 class ChangedMeanwhileError(RetryableError):
@@ -44,63 +41,6 @@ def patient_key(patient_id: str, issuer_of_patient_id: str) -> str:
     """The patient as part of a study's key: PatientID, with the issuer where there is one; case is kept."""
     identifier, issuer = clean(patient_id).strip(), clean(issuer_of_patient_id).strip()
     return f"{identifier}^^^{issuer}" if issuer else identifier
-
-
-def same_patient_id(study: Study, patient_id: str, issuer_of_patient_id: str = "") -> bool:
-    """Whether the study's patient has this Patient ID. Issuers count only where both are known: modalities often leave
-    them out, while the objects that a RIS adds to the same study have them."""
-    if study.patient_id.strip() != clean(patient_id).strip():
-        return False
-    mine, theirs = study.issuer_of_patient_id.strip(), clean(issuer_of_patient_id).strip()
-    return not mine or not theirs or mine == theirs
-
-
-def same_patient(study: Study, facts: StudyFacts) -> bool:
-    """Whether these facts are of the study's patient; where they may not be, no, and a person decides (PS3.3 C.7.1.1).
-
-    The Patient ID has to agree, and birth date and sex where both are known. A Patient ID that names nobody (empty, or
-    noughts) leaves the name to decide; with an ID the name counts for nothing, for names are written in many ways.
-    """
-    if not same_patient_id(study, facts.patient_id, facts.issuer_of_patient_id):
-        return False
-    if contradicting_demographics(study, facts.patient_birth_date, facts.patient_sex):
-        return False
-    return names_somebody(facts.patient_id) or same_name(study.patient_name, clean(facts.patient_name))
-
-
-def contradicting_demographics(study: Study, patient_birth_date: str, patient_sex: str) -> str:
-    """The attribute that speaks against this being the study's patient, or "". `O` as a sex says nothing (PS3.3
-    C.7.1.1: other), nor does a birth date that is none."""
-    mine, theirs = study.patient_birth_date.strip(), patient_birth_date.strip()
-    if _DATE.fullmatch(mine) and _DATE.fullmatch(theirs) and mine != theirs:
-        return "patient_birth_date"
-    if {study.patient_sex.strip().upper(), patient_sex.strip().upper()} == {"M", "F"}:
-        return "patient_sex"
-    return ""
-
-
-def names_somebody(patient_id: str) -> bool:
-    """Whether a Patient ID tells patients apart; modalities fill in noughts where none was typed."""
-    return clean(patient_id).strip() not in {"", "-"} and clean(patient_id).strip().strip("0") != ""
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two decoded person names (PN, PS3.5 6.2.1) are written alike: each component group that both have
-    agrees, or all that the one has are in the other, wherever they stand (modalities put ideographs first). Case, width
-    and separators are no difference. Two empty names are alike: nothing speaks against it."""
-    groups, others = _name_groups(one), _name_groups(other)
-    if not groups or not others:
-        return not groups and not others
-    fewer, more = sorted((set(groups.values()), set(others.values())), key=len)
-    shared = groups.keys() & others.keys()
-    return fewer <= more or (bool(shared) and all(groups[place] == others[place] for place in shared))
-
-
-def _name_groups(name: str) -> dict[int, str]:
-    """Component groups by their place (0 alphabetic, 1 ideographic, 2 phonetic), normalised, without empty ones."""
-    groups = unicodedata.normalize("NFKC", name).casefold().split("=")
-    plain = (_NAME_SEPARATORS.sub("", group) for group in groups)
-    return {place: group for place, group in enumerate(plain) if group}
 
 
 def clean(text: str) -> str:
@@ -123,6 +63,7 @@ def open_study(
     If another patient has this Study Instance UID already, the new row stands beside the old and all are held (d):
     they are never read as one (PS3.3 C.7.1.1, design §4.8).
     """
+    facts = facts.model_copy(update={name: clean(getattr(facts, name)) for name in _STUDY_TEXTS})
     name = f"study {site_id} {facts.study_instance_uid}"
     session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
     rows = studies_of(session, site_id, facts.study_instance_uid, lock=True)
@@ -140,7 +81,7 @@ def open_study(
         acquired_at=facts.acquired_at,
         first_received_at=facts.first_received_at,
         state=StudyState.RECEIVING,
-        **{name: clean(getattr(facts, name)) for name in _STUDY_TEXTS},
+        **{name: getattr(facts, name) for name in _STUDY_TEXTS},
     )
     session.add(study)
     session.flush()
@@ -162,7 +103,7 @@ def open_study(
 def _patient_sha256(facts: StudyFacts) -> bytes:
     """What the key needs of a patient beside the Patient ID, in a length that an index can hold."""
     parts = (facts.patient_name, facts.patient_birth_date, facts.patient_sex)
-    return hashlib.sha256("\0".join(map(clean, parts)).encode()).digest()
+    return hashlib.sha256("\0".join(parts).encode()).digest()
 
 
 _STUDY_TEXTS = (

@@ -30,17 +30,26 @@ def same_patient(one: PatientFacts, other: PatientFacts) -> bool:
     """Whether both are one patient. The Patient ID has to agree, and birth date and sex where both are known.
 
     A Patient ID that names nobody (empty, or noughts) leaves the name to decide; with an ID the name counts for
-    nothing, for names are written in many ways. Issuers count only where both are known: modalities often leave them
-    out, while the objects that a RIS adds to the same study have them.
+    nothing, for names are written in many ways.
     """
-    if one.patient_id.strip() != other.patient_id.strip():
-        return False
-    mine, theirs = one.issuer_of_patient_id.strip(), other.issuer_of_patient_id.strip()
-    if mine and theirs and mine != theirs:
-        return False
-    if contradicting_demographics(one, other.patient_birth_date, other.patient_sex):
+    if not same_patient_id(one, other) or contradicting_demographics(one, other.patient_birth_date, other.patient_sex):
         return False
     return names_somebody(one.patient_id) or same_name(one.patient_name, other.patient_name)
+
+
+def may_be_same_patient(one: PatientFacts, other: PatientFacts) -> bool:
+    """As `same_patient`, but that a name which `other` does not say is no difference."""
+    if same_patient(one, other):
+        return True
+    unnamed = not other.patient_name and same_patient_id(one, other)
+    return unnamed and not contradicting_demographics(one, other.patient_birth_date, other.patient_sex)
+
+
+def same_patient_id(one: PatientFacts, other: PatientFacts) -> bool:
+    """Whether the Patient IDs agree. Issuers count only where both are known: modalities often leave them out, while
+    the objects that a RIS adds to the same study have them."""
+    mine, theirs = one.issuer_of_patient_id.strip(), other.issuer_of_patient_id.strip()
+    return one.patient_id.strip() == other.patient_id.strip() and (not mine or not theirs or mine == theirs)
 
 
 def contradicting_demographics(one: PatientFacts, patient_birth_date: str, patient_sex: str) -> str:
@@ -61,12 +70,14 @@ def names_somebody(patient_id: str) -> bool:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two decoded person names (PN, PS3.5 6.2.1) are written alike: each component group that both have
-    agrees; where they share none, some group of the one is a group of the other. Case, width and separators are no
-    difference. Two empty names are alike: nothing speaks against it."""
+    agrees, or all that the one has are in the other, wherever they stand (modalities put ideographs first). Case, width
+    and separators are no difference. Two empty names are alike: nothing speaks against it."""
     groups, others = _name_groups(one), _name_groups(other)
-    if shared := groups.keys() & others.keys():
-        return all(groups[place] == others[place] for place in shared)
-    return bool(set(groups.values()) & set(others.values())) or not (groups or others)
+    if not groups or not others:
+        return not groups and not others
+    fewer, more = sorted((set(groups.values()), set(others.values())), key=len)
+    shared = groups.keys() & others.keys()
+    return fewer <= more or (bool(shared) and all(groups[place] == others[place] for place in shared))
 
 
 def _name_groups(name: str) -> dict[int, str]:

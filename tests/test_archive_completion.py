@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from routing import completion
-from storage import archive
+from storage import archive, patients
 from storage.database import Database
 from storage.rows import Event, Job, Study, StudyInventory
 from storage.vocabulary import StudyState
@@ -72,11 +72,14 @@ def test_a_study_without_an_image_of_its_own_is_held_and_not_queued(database: Da
 
 
 def test_patients_are_compared_by_id_and_by_issuer_where_both_have_one() -> None:
+    def is_of(study: Study, patient_id: str, issuer: str = "") -> bool:
+        return patients.same_patient_id(study, Study(patient_id=patient_id, issuer_of_patient_id=issuer))
+
     study = Study(patient_id="P1 ", issuer_of_patient_id="")
-    assert archive.same_patient_id(study, "P1") and archive.same_patient_id(study, "P1", "HIS")
-    assert not archive.same_patient_id(study, "p1") and not archive.same_patient_id(study, "")
+    assert is_of(study, "P1") and is_of(study, "P1", "HIS")
+    assert not is_of(study, "p1") and not is_of(study, "")
     study = Study(patient_id="P1", issuer_of_patient_id="HIS")
-    assert archive.same_patient_id(study, "P1") and not archive.same_patient_id(study, "P1", "OTHER")
+    assert is_of(study, "P1") and not is_of(study, "P1", "OTHER")
     assert archive.patient_key("P1\0 ", "") == "P1" and archive.patient_key("P1", "HIS") == "P1^^^HIS"
 
 
@@ -111,4 +114,4 @@ def test_one_study_uid_is_of_one_patient_only_where_nothing_speaks_against_it(
 ) -> None:
     study = Study(**(_WANG | {"issuer_of_patient_id": ""} | mine))
     facts = StudyFacts(study_instance_uid="1.2.3", first_received_at=datetime.now(UTC), **(_WANG | theirs))
-    assert archive.same_patient(study, facts) is same
+    assert patients.same_patient(study, facts) is patients.same_patient(facts, study) is same

@@ -4,12 +4,14 @@ Real PostgreSQL, S3 and TLS. What a killed server leaves behind is in test_inges
 """
 
 import hashlib
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from storage import archive, receipts, transitions
+from storage import archive, receipts, transitions, wire
 from storage.database import Database
 from storage.dicomweb import library, queries
 from storage.errors import PermanentError
@@ -241,7 +243,7 @@ def test_a_data_set_that_names_another_patient_than_its_offer_is_kept_and_the_st
     ],
 )
 def test_two_patients_whose_id_is_the_same_or_empty_are_two_held_studies(
-    county: Peer, database: Database, tmp_path: Path, one: dict[str, str], other: dict[str, str]
+    county: Peer, database: Database, tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
 ) -> None:
     for number, patient in enumerate((one, other), start=1):
         images = [image(f"1.2.3.1.{number}.{n}", fill=n, **patient) for n in range(number)]
@@ -263,7 +265,7 @@ def test_two_patients_whose_id_is_the_same_or_empty_are_two_held_studies(
     ],
 )
 def test_a_data_set_of_another_person_than_its_offer_is_kept_and_the_study_held(
-    county: Peer, database: Database, tmp_path: Path, offered: dict[str, str], said: dict[str, str]
+    county: Peer, database: Database, tmp_path: Path, offered: dict[str, Any], said: dict[str, Any]
 ) -> None:
     county.send(pack(tmp_path, facts_of(**offered), [image("1.2.3.1.1", **said)]))
     assert studies(database)[0].state is StudyState.HELD and len(instances(database)) == 1
@@ -317,14 +319,33 @@ def test_a_study_uid_that_a_store_takes_for_a_path_is_refused_and_no_key_is_made
     for uid in (".", "..", "1..2", ".1", "1."):
         body = pack(tmp_path, facts_of(), [image("1.2.3.1.1")]).offer().model_dump(mode="json")
         body["study"]["study_instance_uid"] = uid
-        assert county.http.post("/gateway/v1/offer", json=body).status_code == 422
-    county.send(pack(tmp_path, facts_of("1.02.3"), [image("1.2.3.1.1", study="1.02.3")]))
+        assert county.http.post("/gateway/v1/offer", json=body).status_code == 400
+    data = image("1.2.3.1.1", study="1.12.3").data.replace(b"1.12.3", b"1.02.3")  # pydicom would not write it
+    padded = of_data("1.2.3.1.1", "1.2.3.1", data, "1.2.840.10008.1.2.1")
+    county.send(pack(tmp_path, facts_of("1.02.3"), [padded]))
     study = studies(database)[0]
     assert study.study_instance_uid == "1.02.3" and study.state is StudyState.RECEIVING
     with database.centre() as session:
         assert session.scalars(sa.select(Pack.pack_key)).one().startswith(f"packs/county-a/{study.id}/")
     with pytest.raises(PermanentError):
         objects.put("packs/county-a/../x", b"x")
+
+
+def test_an_inventory_of_another_patient_with_the_same_id_is_not_taken_for_this_ones(
+    county: Peer, database: Database, tmp_path: Path
+) -> None:
+    born: dict[str, Any] = {"patient_birth_date": "19500101"}
+    county.send(pack(tmp_path, facts_of(**born), [image("1.2.3.1.1", **born)]))
+    line = wire.ReceiptLine(sop_instance_uid="1.2.3.1.9", sha256="0" * 64)
+    message = wire.Inventory(
+        study_instance_uid="1.2.3",
+        patient_id="P1",
+        patient_birth_date="19900101",
+        instances=(line,),
+        quiet_since=datetime.now(UTC),
+    )
+    answer = wire.InventoryAnswer.model_validate_json(county.post("inventory", message).content)
+    assert answer.missing == (line,) and studies(database)[0].expected_count is None
 
 
 def test_one_study_and_patient_id_from_two_hospitals_are_two_independent_studies(

@@ -232,7 +232,7 @@ def test_the_timeline_names_every_event_and_verifies_the_chain(web: Web) -> None
     study_id = web.row(case_id).study_id
     officer = web.sign_in("quality")
     html = officer.get(f"/quality/studies/{study_id}").text
-    assert "事件链完整：6 条" in html and "报告已签发" in html and "阅片医师一" in html
+    assert "事件链前后一致：6 条" in html and "报告已签发" in html and "阅片医师一" in html
     assert officer.get("/quality/studies/99999").status_code == 404
 
 
@@ -245,7 +245,7 @@ def test_a_timeline_that_somebody_altered_says_so(web: Web, owner_url: str) -> N
         connection.execute(sa.text("UPDATE event SET at = at - interval '1 hour' WHERE name = 'case.queued'"))
     engine.dispose()
     html = web.sign_in("quality").get(f"/quality/studies/{study_id}").text
-    assert "事件链不完整" in html and "事件链完整" not in html
+    assert "事件链不完整" in html and "事件链前后一致" not in html
 
 
 def test_a_case_without_a_contract_in_time_is_a_broken_promise(web: Web, database: Database, owner_url: str) -> None:

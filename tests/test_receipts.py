@@ -14,7 +14,9 @@ from storage.wire import Receipt, ReceiptLine
 
 KEY = ed25519.Ed25519PrivateKey.generate()
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)
-lines = st.builds(ReceiptLine, sop_instance_uid=st.from_regex(r"[0-9]{1,8}(\.[0-9]{1,8}){0,6}", fullmatch=True), sha256=digests)
+lines = st.builds(
+    ReceiptLine, sop_instance_uid=st.from_regex(r"[0-9]{1,8}(\.[0-9]{1,8}){0,6}", fullmatch=True), sha256=digests
+)
 receipts = st.builds(
     Receipt, site=st.text(max_size=10), pack_id=st.just("0" * 32), instances=st.lists(lines, max_size=4).map(tuple),
     archived_at=st.datetimes(timezones=st.just(UTC)), key_id=st.just(""), signature=st.just(""),
