@@ -36,6 +36,16 @@ def test_cases_stand_by_tier_then_due_time_then_id(web: Web) -> None:
     assert order_of(web.sign_in("reader-a").get("/worklist").text) == [stat, same_b, same_c, overdue]
 
 
+def test_variants_of_an_image_are_said_on_the_worklist_and_on_the_case(web: Web) -> None:
+    plain, doubtful = web.case("1.1"), web.case("1.2")
+    with web.database.centre() as session:
+        session.execute(sa.update(Study).where(Study.study_instance_uid == "1.2").values(has_variants=True))
+    reader = web.sign_in("reader-a")
+    assert words_of(reader.get("/worklist").text).count("同号异像") == 1
+    assert "两份均已保存" in reader.get(f"/cases/{doubtful}").text
+    assert "两份均已保存" not in reader.get(f"/cases/{plain}").text
+
+
 def test_a_reader_sees_only_the_sites_and_specialties_granted(web: Web) -> None:
     mine = web.case("1.1")
     web.case("1.2", site_id=web.sites.other_county)
