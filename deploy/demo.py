@@ -8,10 +8,11 @@ killed at random moments meanwhile; the outcome must be the same.
 
 import json
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ def _temporary_stack(say: Say) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="yuanzhen-demo-") as folder:
         var = Path(folder) / "var"
         say("no stack runs here: starting a temporary one")
-        stack.up(var, lambda: None)
+        with redirect_stdout(sys.stderr):  # stdout is for the facts alone
+            stack.up(var, lambda: None)
         try:
             yield var
         finally:
