@@ -7,7 +7,6 @@ with that status, and `--accept` names the SOP classes taken, to see what a gate
 """
 
 import json
-import os
 import re
 import signal
 import sys
@@ -20,6 +19,8 @@ import typer
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
+
+from storage.durable import write_durably
 
 _CANNOT_UNDERSTAND = 0xC000  # PS3.4 Table B.2-1
 _OUT_OF_RESOURCES = 0xA700
@@ -51,7 +52,11 @@ class CountyPacs:
         head.is_little_endian, head.is_implicit_VR = True, False
         write_file_meta_info(head, event.file_meta)
         try:
-            keep(self.directory / f"{uid}.dcm", b"\0" * 128 + b"DICM" + head.getvalue() + event.encoded_dataset(False))
+            write_durably(
+                self.directory / f"{uid}.dcm",
+                b"\0" * 128 + b"DICM" + head.getvalue() + event.encoded_dataset(False),
+                suffix=".part",
+            )
         except OSError as error:
             self.say(action="pacs.disk", sop_instance_uid=uid, reason=error.strerror)
             return _OUT_OF_RESOURCES
@@ -63,21 +68,6 @@ class CountyPacs:
             path=f"{uid}.dcm",
         )
         return 0x0000
-
-
-def keep(path: Path, content: bytes) -> None:
-    """Write so that it survives a power cut. Raises OSError."""
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def main(

@@ -10,7 +10,6 @@ What the centre must hear (received, delivered, failed) waits in a table until i
 signature does not verify here against the report CA never reaches the PACS.
 """
 
-import os
 import random
 import sqlite3
 import threading
@@ -29,6 +28,7 @@ from dicom_gateway.quarantine import note_quarantine, now
 from dicom_gateway.settings import GatewaySettings
 from dicom_gateway.spool import Spool
 from dicom_gateway.verify import require_valid
+from storage.durable import write_durably
 from storage.errors import LinkError, PermanentError, RetryableError, SignatureInvalidError, YuanzhenError
 from storage.wire import Acknowledge, FeedItem
 
@@ -301,18 +301,8 @@ def _note_acknowledgement(connection: sqlite3.Connection, item: FeedItem, step: 
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """Write, fsync, rename, fsync the directory. Raises RetryableError for a disk that will not."""
-    temporary = path.with_name(path.name + ".tmp")
+    """As `write_durably`. Raises RetryableError for a disk that will not."""
     try:
-        with temporary.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        write_durably(path, content, suffix=".tmp")
     except OSError as error:
         raise RetryableError("A report could not be written to the spool's disk") from error

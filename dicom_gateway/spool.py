@@ -35,6 +35,7 @@ from dicom_gateway.quarantine import note_quarantine, now
 from dicom_gateway.settings import GatewaySettings
 from storage.content import content_digests
 from storage.dataset import Data
+from storage.durable import sync_directory
 from storage.errors import (
     ConfigurationError,
     MalformedDataSetError,
@@ -65,14 +66,6 @@ def _disk_error(error: OSError, doing: str) -> RetryableError:
     return RetryableError(f"Disk error {errno.errorcode.get(error.errno or 0, '?')} while {doing}")
 
 
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Spool:
     """The one owner of a spool directory. Thread safe. `close()` when done."""
 
@@ -92,10 +85,10 @@ class Spool:
         for prefix in PREFIXES:  # here and now, so that no store has to sync a new directory's parent
             (self.objects / prefix).mkdir(exist_ok=True)
         for path in (self.objects, self.directory, self.directory.parent):
-            _sync_directory(path)
+            sync_directory(path)
         self._lock = self._hold()
         self.ledger = Ledger(self.directory / "spool.db")
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         self._digest_locks = [threading.Lock() for _ in PREFIXES]
         self.arrived = threading.Event()  # set after each store: the uplink need not look for work all the time
 
@@ -199,7 +192,7 @@ class Spool:
                     os.fsync(out.fileno())
             for place, (path, _) in zip(temporary, files, strict=True):
                 place.rename(path)
-            _sync_directory(files[-1][0].parent)
+            sync_directory(files[-1][0].parent)
         except OSError as error:
             for place in temporary:
                 place.unlink(missing_ok=True)
